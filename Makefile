@@ -1,0 +1,61 @@
+# batchjac: everything a newcomer or CI runs. Needs Python 3.11 or newer, make and the package registry.
+#   make demo    the main job on real data, into runs/demo
+#   make test    the doctests, then the test suite        (PYTEST_ARGS="-k name -x")
+#   make check   format, lint, types
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRAS := cli,progress,report,data,weights,demo,peers,dev
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# Two processes: more would only share the same cores; one is easier to debug (TEST_JOBS=0).
+TEST_JOBS   ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: demo test doctest suite check format bench docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/batchjac demo
+
+test: doctest suite
+
+doctest: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --doctest-modules src -q
+
+suite: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/first.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.conformance
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps make a second run fast: pip is asked again only when what to install has changed.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "batchjac needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
