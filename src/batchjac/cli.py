@@ -1,0 +1,80 @@
+"""The command line: ``batchjac doctor`` and ``batchjac demo``."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    import typer
+
+MISSING = """\
+The command line of batchjac needs typer, which is not installed:
+
+    pip install "batchjac[cli]"
+
+Without it, `python -m batchjac.doctor` still examines the installation."""
+
+SHOW = "Show the version and exit."
+DEMO_OUT = Path("runs/demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on ``arguments``, or on those of the process; always exits."""
+    try:
+        app = application()
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        sys.exit(MISSING)
+    app(args=None if arguments is None else list(arguments), prog_name="batchjac")
+
+
+def application() -> "typer.Typer":
+    """The typer application; typer is imported here, so that `import batchjac` never loads it."""
+    import typer
+
+    app = typer.Typer(
+        help="The Jacobian of every sample of a batch, with respect to its own input.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"batchjac {version('batchjac')}")
+            raise typer.Exit
+
+    @app.callback()
+    def top(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help=SHOW)
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def doctor() -> None:
+        """Versions, threads, devices, kernels, and a self-check; exits 1 if a result is wrong."""
+        from batchjac import doctor as examination
+
+        raise typer.Exit(examination.run(typer.echo))
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="The folder the results go to.")] = DEMO_OUT,
+        quick: Annotated[bool, typer.Option("--quick", help="A smaller job, to try it.")] = False,
+    ) -> None:
+        """Train two small models on real and planted data; show what every input matters for."""
+        try:
+            from batchjac.demo import main as job
+
+            job.run(out, quick)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "batchjac":
+                raise  # our own fault, not a missing extra
+            sys.exit(f'The demo needs {error.name}: pip install "batchjac[demo]"')
+
+    return app

@@ -1,0 +1,110 @@
+"""The command line: what it prints, the exit codes, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from batchjac import cli, doctor
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.application(), list(arguments))
+
+
+@pytest.fixture
+def demo_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bool]]:
+    """Stand in for the demo, whose minutes belong to its own tests; record how it is called."""
+    calls: list[tuple[Path, bool]] = []
+    job = ModuleType("batchjac.demo.main")
+    job.run = lambda out, quick: calls.append((out, quick))
+    package = ModuleType("batchjac.demo")
+    package.main = job
+    monkeypatch.setitem(sys.modules, "batchjac.demo", package)
+    monkeypatch.setitem(sys.modules, "batchjac.demo.main", job)
+    return calls
+
+
+def test_version_is_the_installed_one():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"batchjac {version('batchjac')}\n"
+
+
+def test_the_installed_script_answers():
+    script = Path(sys.executable).parent / "batchjac"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"batchjac {version('batchjac')}\n"), done.stderr
+
+
+def test_help_lists_exactly_the_commands_there_are():
+    result = run("--help")
+    assert result.exit_code == 0
+    commands = {command.callback.__name__ for command in cli.application().registered_commands}
+    assert commands == {"doctor", "demo"}
+    assert all(f" {command} " in result.output for command in commands)
+
+
+def test_an_unknown_command_is_refused():
+    result = run("dance")
+    assert result.exit_code == 2
+    assert "No such command 'dance'" in result.output
+
+
+def test_demo_passes_its_options_on(demo_calls: list[tuple[Path, bool]]):
+    assert run("demo").exit_code == 0
+    assert run("demo", "--out", "elsewhere", "--quick").exit_code == 0
+    assert demo_calls == [(Path("runs/demo"), False), (Path("elsewhere"), True)]
+
+
+def test_demo_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "batchjac.demo.main", raising=False)
+    monkeypatch.delitem(sys.modules, "batchjac.demo", raising=False)
+    for name in [name for name in sys.modules if name.startswith("batchjac.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("sklearn", "sklearn.datasets", "matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = run("demo", "--quick")
+    assert result.exit_code == 1
+    assert 'pip install "batchjac[demo]"' in result.output
+
+
+def test_demo_does_not_blame_an_extra_for_a_fault_of_our_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "batchjac.demo", None)
+    result = run("demo")
+    assert isinstance(result.exception, ModuleNotFoundError)
+    assert "pip install" not in result.output
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_exit_code_is_the_doctor_s(monkeypatch: pytest.MonkeyPatch, code: int):
+    def examination(write) -> int:
+        write("examined")
+        return code
+
+    monkeypatch.setattr(doctor, "run", examination)
+    result = run("doctor")
+    assert (result.exit_code, result.output) == (code, "examined\n")
+
+
+def test_without_typer_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "typer", None)  # makes `import typer` fail
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == cli.MISSING  # a text as code: printed on stderr, exit code 1
+    assert 'pip install "batchjac[cli]"' in cli.MISSING
+
+
+def test_main_runs_the_arguments_it_is_given(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"batchjac {version('batchjac')}\n"
