@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS := cli,progress,report,data,weights,demo,peers,dev
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 
 # Two processes: more would only share the same cores; one is easier to debug (TEST_JOBS=0).
 TEST_JOBS   ?= 2
@@ -47,11 +48,13 @@ clean:
 
 # The stamps make a second run fast: pip is asked again only when what to install has changed.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "installing batchjac and everything its tests need into $(VENV), once: a minute or two"
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@echo "installing batchjac and what the demo needs into $(VENV), once: a minute or two"
+	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(BIN)/python:

@@ -202,7 +202,7 @@ class _Twice(torch.autograd.Function):
         return 2 * x
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         return 2 * cotangent
 
 
