@@ -207,7 +207,8 @@ class _Twice(torch.autograd.Function):
 
 
 def _python_node() -> bool:
-    node: Any = _Twice.apply(torch.ones(3, requires_grad=True)).grad_fn
+    twice: Any = _Twice.apply
+    node = twice(torch.ones(3, requires_grad=True)).grad_fn
     return torch.equal(node.apply(torch.ones(3)), torch.full((3,), 2.0))
 
 
