@@ -1,0 +1,110 @@
+"""A block: all rows of cotangents that belong to one tensor of the graph, and its sample axis.
+
+Rows come first, ``[V, *shape]``. Any axis after the first may have size 1 where the tensor has
+more: the rows are then the same all along it. Broadcasting carries that through products, so a
+block has no batch axis until something depends on the sample.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows ``data [V, *s]`` for a tensor of ``shape``, each ``s`` equal to the shape's or 1."""
+
+    data: Tensor
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.data.dim() == len(self.shape) + 1, (self.data.shape, self.shape)
+
+    @property
+    def rows(self) -> int:
+        return int(self.data.shape[0])
+
+    def full(self) -> Tensor:
+        """``[V, *shape]``, the repeated axes expanded without a copy."""
+        return self.data.expand(self.data.shape[0], *self.shape)
+
+    def with_data(self, data: Tensor) -> "Block":
+        return Block(data, self.shape)
+
+    def spread(self, *dims: int) -> Tensor:
+        """``data`` with the axes ``dims`` of the tensor at their full size, the others as is."""
+        size = list(self.data.shape)
+        for dim in dims:
+            dim %= len(self.shape)
+            size[dim + 1] = self.shape[dim]
+        return self.data.expand(size)
+
+    def reshape(self, shape: Sequence[int]) -> "Block":
+        """Rows of the tensor reshaped; an axis of size 1 survives where whole axes merge or stay.
+
+        Old and new axes are cut into the shortest groups of equal volume; inside a group the data
+        is either all repeated, and stays so, or it is expanded.
+        """
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        sizes = [self.rows]
+        expanded = [self.rows]
+        for old, new in _groups(self.shape, shape):
+            repeated = all(self.data.shape[1 + d] == 1 for d in old)
+            expanded += [1 if repeated else self.shape[d] for d in old]
+            sizes += [1 if repeated else shape[d] for d in new]
+        return Block(self.data.expand(expanded).reshape(sizes), shape)
+
+    def sum_to(self, shape: Sequence[int]) -> "Block":
+        """The rows of a tensor that was broadcast from ``shape``: summed over what was repeated."""
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        lead = len(self.shape) - len(shape)
+        over = [d for d in range(len(self.shape)) if d < lead or shape[d - lead] != self.shape[d]]
+        data = self.data
+        summed = [d + 1 for d in over if data.shape[d + 1] != 1]
+        if summed:
+            data = data.sum(summed, keepdim=True)
+        copies = math.prod(self.shape[d] for d in over if self.data.shape[d + 1] == 1)
+        if copies != 1:
+            data = data * copies
+        return Block(data.reshape(self.rows, *data.shape[1 + lead :]), shape)
+
+    def plus(self, other: "Block") -> "Block":
+        """The sum of two blocks of one tensor."""
+        return Block(self.data + other.data, self.shape)
+
+    def to(self, dtype: torch.dtype) -> "Block":
+        """The same rows in another dtype; complex to real keeps the real part, as autograd does."""
+        if self.data.dtype == dtype:
+            return self
+        data = self.data.real if self.data.is_complex() and not dtype.is_complex else self.data
+        return Block(data.to(dtype), self.shape)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The shortest runs of axes of ``old`` and ``new`` that hold the same number of elements."""
+    if 0 in old or 0 in new:
+        return [(list(range(len(old))), list(range(len(new))))]
+    groups = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right, a, b = [], [], 1, 1
+        while True:
+            if a <= b and i < len(old) and (a < b or not left):
+                left.append(i)
+                a *= old[i]
+                i += 1
+            elif b <= a and j < len(new) and (b < a or not right):
+                right.append(j)
+                b *= new[j]
+                j += 1
+            else:
+                break
+        groups.append((left, right))
+    return groups

@@ -1,0 +1,234 @@
+"""Run the function once, under ordinary autograd, and keep what the walk needs of it."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from batchjac.errors import BatchAxisError, InputTypeError, StateError
+from batchjac.graph import edge_of
+from batchjac.problem import Problem, check_boundary, differentiable, layer
+from batchjac.state import normal
+from batchjac.tree import Tree, flatten
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to differentiate with respect to: its place in the graph and what it looks like."""
+
+    path: str
+    edge: GradientEdge | None  # None: nothing that was recorded depends on it
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    per_sample: bool  # False for a parameter: all samples share it
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One run of the function on some samples.
+
+    ``values`` is the nested output; ``outputs`` maps the index of each differentiable leaf to its
+    tensor. ``targets`` nests the answer: one tree per wanted name, ``None`` for leaves without a
+    derivative.
+    """
+
+    samples: int
+    values: Tree
+    outputs: dict[int, Tensor]
+    targets: dict[str, Tree]
+    keep: tuple[Any, ...] = field(repr=False)  # graph edges do not keep leaf nodes alive
+
+
+@dataclass
+class _Seen:
+    """What the hooks of one forward collect."""
+
+    of: list[Any] = field(default_factory=list)
+    layers: dict[str, list[Tree]] = field(default_factory=dict)
+
+
+def capture(problem: Problem, samples: slice) -> Capture:
+    """One forward of ``problem.function`` on ``samples``, recorded.
+
+    Parameters that are not asked for record nothing (unless ``create_graph``), so their inputs
+    are not kept and no slow path computes weight gradients on the way.
+    """
+    seen = _Seen(layers={w.name: [] for w in problem.wanted if w.kind == "layer"})
+    count = len(range(*samples.indices(problem.samples)))
+    with torch.inference_mode(False), torch.enable_grad(), _eager(), _frozen(problem):
+        bases = [_base(problem, leaf, samples) for leaf in problem.tree.leaves]
+        # a copy: the function may write into its input, and a leaf cannot be written into
+        leaves = [b.clone() if isinstance(b, Tensor) else b for b in bases]
+        edges = [edge_of(t) if isinstance(t, Tensor) and t.requires_grad else None for t in leaves]
+        parameters = {n: normal(p) for n, p in problem.parameters.items()}
+        shared = {n: edge_of(p) for n, p in parameters.items()}
+        inputs = _targets(problem.tree, leaves, edges)
+        with _hooks(problem, seen):
+            result = problem.call(leaves)
+    if problem.of is not None:
+        result = _once(seen.of, "of", problem.of)
+    targets: dict[str, Tree] = {}
+    for wanted in problem.wanted:
+        if wanted.kind == "inputs":
+            targets[wanted.name] = inputs
+        elif wanted.kind == "layer":
+            tree = _once(seen.layers[wanted.name], "wrt", wanted.name)
+            for target in tree.leaves:
+                _check_layer(target, wanted.name, count)
+            targets[wanted.name] = tree
+        else:
+            p = parameters[wanted.name]
+            goal = Target("", shared[wanted.name], tuple(p.shape), p.dtype, p.device, False)
+            targets[wanted.name] = flatten(goal)
+    values = flatten(result)
+    outputs = _outputs(values, count)
+    return Capture(count, values, outputs, targets, (bases, leaves, result))
+
+
+def _base(problem: Problem, leaf: Any, samples: slice) -> Any:
+    """A leaf's chunk of samples, recorded from here on when it is differentiated."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    part = normal(leaf)
+    if part.shape[0] != len(range(*samples.indices(part.shape[0]))):
+        part = part[samples]
+    if not differentiable(leaf):
+        return part
+    wanted = any(w.kind == "inputs" for w in problem.wanted)
+    if problem.create_graph and part.requires_grad:
+        return part
+    return part.detach().requires_grad_(wanted)
+
+
+def _targets(tree: Tree, leaves: list[Any], edges: list[GradientEdge | None]) -> Tree:
+    goals = [
+        Target(path, edge, tuple(t.shape), t.dtype, t.device, True) if edge is not None else None
+        for path, t, edge in zip(tree.paths, leaves, edges, strict=True)
+    ]
+    return Tree(tuple(goals), tree.paths, tree.build)
+
+
+@contextlib.contextmanager
+def _frozen(problem: Problem) -> Iterator[None]:
+    """Let exactly the wanted parameters record; ``state.untouched`` puts the flags back."""
+    if problem.module is None:
+        yield
+        return
+    wanted = {id(p) for p in problem.parameters.values()}
+    for parameter in problem.module.parameters():
+        record = id(parameter) in wanted or (problem.create_graph and parameter.requires_grad)
+        if parameter.is_leaf and parameter.requires_grad != record and _can_record(parameter):
+            parameter.requires_grad_(record)
+    yield
+
+
+def _can_record(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled parts as the Python they were compiled from, whose graph can be read."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _hooks(problem: Problem, seen: _Seen) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if problem.of is not None:
+            module = layer(problem, problem.of)
+            handle = module.register_forward_hook(lambda m, i, out: seen.of.append(out))
+            stack.callback(handle.remove)
+        for name in seen.layers:
+            handle = layer(problem, name).register_forward_hook(_record(seen.layers[name]))
+            stack.callback(handle.remove)
+        yield
+
+
+def _record(calls: list[Tree]) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        tree = flatten(output)
+        leaves = [_recorded(leaf) for leaf in tree.leaves]
+        goals = [
+            Target(p, edge_of(t), tuple(t.shape), t.dtype, t.device, True)
+            if differentiable(t)
+            else None
+            for p, t in zip(tree.paths, leaves, strict=True)
+        ]
+        calls.append(Tree(tuple(goals), tree.paths, tree.build))
+        return tree.build(leaves)
+
+    return hook
+
+
+def _recorded(leaf: Any) -> Any:
+    """The layer's output itself, or a recorded copy when nothing before it records."""
+    if not differentiable(leaf) or leaf.requires_grad:
+        return leaf
+    return leaf.detach().requires_grad_().clone()
+
+
+def _once(calls: list[Any], argument: str, name: str) -> Any:
+    if len(calls) == 1:
+        return calls[0]
+    if not calls:
+        raise StateError(
+            f"{argument}={name!r}: this layer did not run in the forward (a compiled, exported or "
+            "scripted model may have no layers left; pass the original module)"
+        )
+    raise StateError(
+        f"{argument}={name!r}: this layer ran {len(calls)} times in one forward, so its output "
+        "is not one tensor; name a layer that runs once, or give each use a layer of its own"
+    )
+
+
+def _check_layer(target: Target | None, name: str, count: int) -> None:
+    if target is not None and (not target.shape or target.shape[0] != count):
+        raise BatchAxisError(
+            f"wrt={name!r}: the layer's output{target.path} has shape {list(target.shape)}, whose "
+            f"first axis is not the {count} samples; name a layer whose output has the batch first"
+        )
+
+
+def _outputs(values: Tree, count: int) -> dict[int, Tensor]:
+    """The differentiable leaves of the output, each checked to have the batch axis first."""
+    if not any(isinstance(leaf, Tensor) for leaf in values.leaves):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in values.leaves})) or "nothing"
+        raise InputTypeError(f"f must return tensors, it returned {kinds}")
+    found = {}
+    for index, (path, leaf) in enumerate(zip(values.paths, values.leaves, strict=True)):
+        if not isinstance(leaf, Tensor):
+            continue
+        check_boundary(f"output{path}", leaf)
+        if not differentiable(leaf):
+            continue
+        if leaf.dim() == 0 or leaf.shape[0] != count:
+            raise BatchAxisError(_no_batch_axis(path, leaf, count))
+        found[index] = leaf
+    if not found:
+        kinds = ", ".join(sorted({str(t.dtype) for t in values.leaves if isinstance(t, Tensor)}))
+        raise InputTypeError(f"no output has a floating dtype (got {kinds}); nothing to derive")
+    return found
+
+
+def _no_batch_axis(path: str, leaf: Tensor, count: int) -> str:
+    remedy = (
+        "f sums or averages over the batch; return one value per sample"
+        if leaf.dim() == 0
+        else "return a tensor whose first axis is the batch, or pass batched=False when f takes "
+        "one sample"
+    )
+    return (
+        f"output{path} has shape {list(leaf.shape)}, expected [{count}, ...] for {count} samples: "
+        f"{remedy}"
+    )

@@ -1,0 +1,147 @@
+"""The walk: all rows at once from the outputs to what is differentiated, node by node.
+
+Law: equal to ``autograd.grad`` called once per row.
+Assumes (H1) that samples are independent, or that their sum is wanted, and (H2) that no hook
+changes a gradient; ``independence`` and ``verify`` hold the caller to both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from batchjac.block import Block
+from batchjac.engines import fallback
+from batchjac.graph import Edge, Graph, Slot, Step
+from batchjac.rules import registry
+from batchjac.samples import SHARED, Place, SampleAxis
+
+Blocks = Sequence[Block | None]
+Places = Mapping[Slot, Place]
+
+
+class NotPerSample(Exception):
+    """A rule declined to keep samples apart; the caller goes on sample by sample."""
+
+
+@dataclass
+class Kernels:
+    """How each node was computed: ``rule``, ``vmap`` or ``rows``; filled by the first walk."""
+
+    ways: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def slow(self) -> dict[str, str]:
+        """The nodes without a rule and the way they took."""
+        return {name: way for name, way in self.ways.items() if way != "rule"}
+
+
+def walk(
+    graph: Graph,
+    seeds: Mapping[Slot, Block],
+    kernels: Kernels,
+    places: Places | None = None,
+    create_graph: bool = False,
+) -> dict[Slot, Block]:
+    """Push the seeds down to every target that they reach.
+
+    With ``places`` a gradient that would be summed over samples on its way to a parameter is kept
+    per sample, as rows ``[V*N, *p]``; every such node must have a ``per_sample`` rule.
+    """
+    pending: dict[Slot, Block] = dict(seeds)
+    found: dict[Slot, Block] = {}
+    with torch.set_grad_enabled(create_graph):
+        for step in graph.steps:
+            slots = [(step.node, k) for k in range(len(step.outputs))]
+            blocks = [pending.pop(slot, None) for slot in slots]
+            for slot, block in zip(slots, blocks, strict=True):
+                if slot in graph.targets and block is not None:
+                    found[slot] = block
+            if not any(step.edges) or not any(b is not None for b in blocks):
+                continue
+            gradients = _through(step, blocks, kernels, places)
+            del blocks
+            for k, edge in enumerate(step.edges):
+                if edge is not None and gradients[k] is not None:
+                    _arrive(pending, edge, gradients[k])
+    return found
+
+
+def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None:
+    """What the autograd engine does between two nodes: sum to shape, cast, accumulate."""
+    assert block is not None
+    slot = (edge.node, edge.slot)
+    block = block.sum_to(edge.shape).to(edge.meta.dtype)
+    before = pending.get(slot)
+    pending[slot] = block if before is None else before.plus(block)
+
+
+def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None) -> Blocks:
+    """The node's rows from its outputs to its edges, by the fastest way that covers it."""
+    rule = registry.find(step)
+    if rule is not None and places is not None:
+        crossing = _crossing(step, places)
+        if crossing is not None:
+            return _per_sample(step, blocks, rule, crossing, places)
+    if rule is not None and kernels.ways.get(step.name, "rule") == "rule":
+        gradients: Blocks = rule.reverse(step, blocks)
+        if gradients is not NotImplemented:
+            kernels.ways.setdefault(step.name, "rule")
+            return gradients
+    if kernels.ways.get(step.name) != "rows":
+        try:
+            gradients = fallback.call(step, blocks, "vmap")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever vmap refuses, the plain call decides
+            pass
+        else:
+            kernels.ways[step.name] = "vmap"
+            return gradients
+    gradients = fallback.call(step, blocks, "rows")
+    kernels.ways[step.name] = "rows"
+    return gradients
+
+
+def _crossing(step: Step, places: Places) -> SampleAxis | None:
+    """The sample axis of the node's output, if some wanted edge has none."""
+    at = places.get((step.node, 0))
+    edges = [places.get((e.node, e.slot)) for e in step.edges if e is not None]
+    return at if isinstance(at, SampleAxis) and SHARED in edges else None
+
+
+def _per_sample(
+    step: Step, blocks: Blocks, rule: registry.Rule, at: SampleAxis, places: Places
+) -> Blocks:
+    """Edges that all samples share get one gradient per sample, the others the usual one."""
+    assert rule.per_sample is not None  # ``per_sample_ready`` has looked
+    shared = [
+        e is not None and places.get((e.node, e.slot)) is SHARED for e in step.edges
+    ]
+    inner = replace(step, edges=_only(step, [not s for s in shared]))
+    outer = replace(step, edges=_only(step, shared))
+    batched: Blocks = [None] * len(step.edges)
+    if any(inner.edges):
+        batched = rule.reverse(inner, blocks)
+    single = rule.per_sample(outer, blocks, at)
+    if batched is NotImplemented or single is NotImplemented:
+        raise NotPerSample(step.name)
+    return [s if is_shared else b for is_shared, s, b in zip(shared, single, batched, strict=True)]
+
+
+def _only(step: Step, keep: Sequence[bool]) -> tuple[Edge | None, ...]:
+    return tuple(e if k else None for e, k in zip(step.edges, keep, strict=True))
+
+
+def per_sample_ready(graph: Graph, places: Places) -> bool:
+    """Whether every node that joins samples to a parameter can keep them apart."""
+    for step in graph.steps:
+        if not any(step.edges):
+            continue
+        at = places.get((step.node, 0))
+        if at is None:
+            return False
+        rule = registry.find(step)
+        if _crossing(step, places) is not None and (rule is None or rule.per_sample is None):
+            return False
+    return True

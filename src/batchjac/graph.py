@@ -1,0 +1,137 @@
+"""The recorded graph, pruned to what leads from one set of edges to another.
+
+Only facts that autograd states itself are read: ``next_functions``, ``_input_metadata`` (the shape
+and dtype of what flows into a node) and, by the rules, ``_saved_*``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+Slot = tuple[Node, int]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Shape, dtype and device of a tensor of the graph."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where a gradient goes: into input ``slot`` of ``node``, as a tensor like ``meta``."""
+
+    node: Node
+    slot: int
+    meta: Meta
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.meta.shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the pruned graph, as a rule sees it.
+
+    ``outputs`` describes each output of the forward operation, ``edges`` each differentiable
+    input: ``None`` where nothing that is asked for lies behind it.
+    """
+
+    node: Any  # torch's stubs do not know saved attributes nor that nodes can be called
+    name: str
+    outputs: tuple[Meta, ...]
+    edges: tuple[Edge | None, ...]
+
+    def saved(self, name: str) -> Any:
+        """What the forward saved under this name; sizes and dims as signed integers."""
+        return _signed(getattr(self.node, f"_saved_{name}"))
+
+    def has(self, *names: str) -> bool:
+        """Whether the node saved all of these."""
+        return all(hasattr(type(self.node), f"_saved_{name}") for name in names)
+
+    def wanted(self, k: int) -> Edge | None:
+        """Edge ``k``; ``None`` also where the node has no such edge."""
+        return self.edges[k] if k < len(self.edges) else None
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first output."""
+        return self.outputs[0].shape
+
+
+def _signed(value: Any) -> Any:
+    """Undo autograd's storing of negative dims as unsigned 64-bit integers."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 63:
+        return value - (1 << 64)
+    if isinstance(value, tuple):
+        return tuple(_signed(v) for v in value)
+    return value
+
+
+def metas(node: Any) -> tuple[Meta, ...]:
+    """What flows into a node: one entry per output of the operation it differentiates."""
+    return tuple(Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """The place in the graph where this tensor's gradient arrives."""
+    return torch.autograd.graph.get_gradient_edge(tensor)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The steps from ``root`` slots to ``targets``, each after all that feed it."""
+
+    steps: tuple[Step, ...]
+    targets: frozenset[Slot]
+
+    @property
+    def reaches(self) -> frozenset[Node]:
+        """The nodes on a path to a target."""
+        return frozenset(step.node for step in self.steps)
+
+
+def prune(roots: Sequence[Node], targets: Sequence[Slot]) -> Graph:
+    """The nodes on a path from a root to a target, in topological order."""
+    goals = {node for node, _ in targets}
+    order, reaches = _postorder(roots, goals)
+    known = {node: metas(node) for node in order if reaches[node]}
+    steps = []
+    for node in reversed(order):
+        if not reaches[node]:
+            continue
+        edges = tuple(
+            Edge(child, slot, known[child][slot]) if child is not None and reaches[child] else None
+            for child, slot in node.next_functions
+        )
+        steps.append(Step(node, node.name(), known[node], edges))
+    return Graph(tuple(steps), frozenset(targets))
+
+
+def _postorder(roots: Sequence[Node], goals: set[Node]) -> tuple[list[Node], dict[Node, bool]]:
+    """Nodes below the roots, children first, and whether each leads to a goal; no recursion."""
+    order: list[Node] = []
+    reaches: dict[Node, bool] = {}
+    for root in roots:
+        stack = [(root, False)]
+        while stack:
+            node, done = stack.pop()
+            children = [c for c, _ in node.next_functions if c is not None]
+            if done:
+                if node not in reaches:
+                    reaches[node] = node in goals or any(reaches[c] for c in children)
+                    order.append(node)
+            elif node not in reaches:
+                stack.append((node, True))
+                stack.extend((c, False) for c in children if c not in reaches)
+    return order, reaches

@@ -1,0 +1,252 @@
+"""What is asked: the function, its inputs, with respect to what, of which outputs. Validated."""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchjac.errors import (
+    BatchAxisError,
+    InputError,
+    InputTypeError,
+    NameNotFoundError,
+    StateError,
+    UnsupportedError,
+)
+from batchjac.tree import Tree, flatten
+
+Coupling = Literal["error", "frozen", "sum", "full"]
+Kind = Literal["inputs", "layer", "parameter"]
+COUPLINGS = ("error", "frozen", "sum", "full")
+MODES = ("auto", "reverse")
+LATER_MODES = ("forward", "mixed")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One thing to differentiate with respect to, under the name the caller used."""
+
+    kind: Kind
+    name: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A validated question; engines read it and never change it."""
+
+    function: Callable[..., Any]
+    module: nn.Module | None
+    inputs: Any
+    tree: Tree
+    samples: int
+    wanted: tuple[Wanted, ...]
+    named: bool  # the answer is a dict by name rather than the bare result
+    of: str | None
+    outputs: Any
+    coupling: Coupling
+    create_graph: bool
+    batched: bool
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters asked for, by name."""
+        names = [w.name for w in self.wanted if w.kind == "parameter"]
+        every = _parameters(self.module) if names and self.module is not None else {}
+        return {name: every[name] for name in names}
+
+    def call(self, leaves: Sequence[Any]) -> Any:
+        """``f`` on these leaves in the nesting of the inputs: ``f(*x)``, ``f(**x)`` or ``f(x)``."""
+        inputs = self.tree.build(leaves)
+        if type(inputs) is tuple:
+            return self.function(*inputs)
+        if isinstance(inputs, Mapping):
+            return self.function(**inputs)
+        return self.function(inputs)
+
+
+def differentiable(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of a floating dtype."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def pose(
+    function: Callable[..., Any],
+    inputs: Any,
+    *,
+    wrt: str | Sequence[str] | None,
+    of: str | None,
+    outputs: Any,
+    mode: str,
+    coupling: str,
+    create_graph: bool,
+    batched: bool,
+) -> Problem:
+    """Check the question and put it into one frozen value."""
+    if not callable(function):
+        raise InputTypeError(
+            f"f must be an nn.Module or a callable on a batch, got {type(function).__name__}"
+        )
+    _check_choice("mode", mode, MODES, LATER_MODES)
+    _check_choice("coupling", coupling, COUPLINGS, ())
+    module = module_of(function)
+    _check_module(module)
+    tree = flatten(inputs)
+    size = _batch_size(tree)
+    wanted, named = _wanted(module, wrt)
+    if of is not None:
+        _layer(module, of, "of")
+    if any(w.kind == "inputs" for w in wanted) and not any(map(differentiable, tree.leaves)):
+        kinds = sorted({str(t.dtype) for t in tree.leaves if isinstance(t, Tensor)})
+        raise InputError(
+            f"no input has a floating dtype (got {', '.join(kinds)}), so there is nothing to "
+            "differentiate; convert it with x.float(), or name an inner layer, for instance the "
+            "embedding, with wrt="
+        )
+    return Problem(
+        function, module, inputs, tree, size, wanted, named, of, outputs,
+        coupling, create_graph, batched,  # type: ignore[arg-type]  # checked above
+    )  # fmt: skip
+
+
+def _check_choice(name: str, value: str, valid: Sequence[str], later: Sequence[str]) -> None:
+    if value in later:
+        raise UnsupportedError(f'{name}="{value}" is not built yet; use {name}="auto"')
+    if value not in valid:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+
+
+def module_of(function: Callable[..., Any]) -> nn.Module | None:
+    """The module whose layers and parameters can be named, when there is one."""
+    if isinstance(function, functools.partial):
+        return module_of(function.func)
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        return None
+    # torch.compile wraps a module and prefixes every name with _orig_mod
+    original = getattr(owner, "_orig_mod", owner)
+    return original if isinstance(original, nn.Module) else owner
+
+
+def _check_module(module: nn.Module | None) -> None:
+    if module is None:
+        return
+    lazy = [n for n, p in module.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise StateError(
+            f"parameter {lazy[0]!r} has no shape yet; call the module once on a batch before "
+            "asking for its Jacobian"
+        )
+
+
+def _batch_size(tree: Tree) -> int:
+    tensors = [(p, t) for p, t in zip(tree.paths, tree.leaves, strict=True) if _is_tensor(p, t)]
+    if not tensors:
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in tree.leaves})) or "nothing"
+        raise InputTypeError(
+            f"inputs must hold at least one torch tensor, got {kinds}; "
+            "convert arrays with torch.as_tensor"
+        )
+    for path, tensor in tensors:
+        if tensor.dim() == 0:
+            raise BatchAxisError(
+                f"inputs{path} is a tensor without axes; every input tensor needs the batch axis "
+                "first. Bind what all samples share with functools.partial or a lambda"
+            )
+    sizes = {int(t.shape[0]) for _, t in tensors}
+    if len(sizes) > 1:
+        listed = ", ".join(f"inputs{p} {tuple(t.shape)}" for p, t in tensors)
+        raise BatchAxisError(
+            f"the inputs disagree on the number of samples: {listed}. Every input tensor needs the "
+            "batch axis first; bind what all samples share with functools.partial or a lambda"
+        )
+    size = sizes.pop()
+    if size == 0:
+        raise InputError("the batch is empty (N = 0); there is no sample to differentiate")
+    return size
+
+
+def _is_tensor(path: str, leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return False
+    check_boundary(f"inputs{path}", leaf)
+    return True
+
+
+def check_boundary(where: str, tensor: Tensor) -> None:
+    """Refuse tensors whose Jacobian has no dense real form."""
+    if tensor.is_nested:
+        raise InputTypeError(
+            f"{where} is a nested tensor; pad it with torch.nested.to_padded_tensor and mask"
+        )
+    if tensor.layout != torch.strided:
+        raise InputTypeError(
+            f"{where} has the sparse layout {tensor.layout}; pass its .to_dense() form"
+        )
+    if tensor.is_complex():
+        raise InputTypeError(
+            f"{where} is complex ({tensor.dtype}); a Jacobian is returned for real tensors only. "
+            "Pass torch.view_as_real(z) and call torch.view_as_complex inside f, or return "
+            "torch.view_as_real(y); complex numbers inside f need nothing"
+        )
+
+
+def _wanted(
+    module: nn.Module | None, wrt: str | Sequence[str] | None
+) -> tuple[tuple[Wanted, ...], bool]:
+    if wrt is None or wrt == "inputs":
+        return (Wanted("inputs", "inputs"),), False
+    if wrt == "parameters":
+        names = [n for n, p in _parameters(module, "wrt").items() if p.is_floating_point()]
+        first = dict(module.named_parameters()) if module is not None else {}
+        found = tuple(Wanted("parameter", n) for n in names if n in first)
+        if not found:
+            raise InputError(f"wrt='parameters': {type(module).__name__} has no parameters")
+        return found, True
+    if isinstance(wrt, str):
+        return (_resolve(module, wrt),), False
+    if not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
+        raise InputTypeError(
+            "wrt must be None, 'inputs', 'parameters', a layer or parameter name, or a list of "
+            f"names, got {wrt!r}"
+        )
+    if not wrt:
+        raise InputError("wrt is an empty list; name at least one layer or parameter")
+    groups = [_wanted(module, name)[0] for name in dict.fromkeys(wrt)]
+    return tuple(dict.fromkeys(w for group in groups for w in group)), True
+
+
+def _resolve(module: nn.Module | None, name: str) -> Wanted:
+    if name in _parameters(module, "wrt"):
+        return Wanted("parameter", name)
+    _layer(module, name, "wrt")
+    return Wanted("layer", name)
+
+
+def _parameters(module: nn.Module | None, argument: str = "wrt") -> dict[str, nn.Parameter]:
+    if module is None:
+        raise NameNotFoundError(
+            f"{argument}= names a layer or parameters, but f is a plain function; pass the "
+            "nn.Module itself"
+        )
+    return dict(module.named_parameters(remove_duplicate=False))
+
+
+def _layer(module: nn.Module | None, name: str, argument: str) -> nn.Module:
+    every = {**_parameters(module, argument), **dict(module.named_modules())}  # type: ignore[union-attr]
+    found = every.get(name) if name else None
+    if isinstance(found, nn.Module):
+        return found
+    near = difflib.get_close_matches(str(name), [n for n in every if n], n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise NameNotFoundError(
+        f"{argument}={name!r} is no layer or parameter of {type(module).__name__}{hint}"
+    )
+
+
+def layer(problem: Problem, name: str) -> nn.Module:
+    """The layer of this name; it was found when the problem was posed."""
+    return _layer(problem.module, name, "wrt")

@@ -1,0 +1,86 @@
+"""The one place where rules are found: node name to the few lines that map its blocks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd.function import BackwardCFunction
+
+from batchjac.block import Block
+from batchjac.graph import Step
+from batchjac.samples import SHARED, Place, SampleAxis, broadcast
+
+Blocks = Sequence[Block | None]
+Reverse = Callable[[Step, Blocks], Any]
+Samples = Callable[[Step, SampleAxis], Sequence[Place]]
+PerSample = Callable[[Step, Blocks, SampleAxis], Blocks]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known about one kind of graph node.
+
+    ``reverse(step, blocks)`` takes one block per output of the node (``None`` where nothing
+    arrived) and returns one per edge (``None`` where nothing is wanted or nothing flows). It must
+    equal the node called once per row. It may return ``NotImplemented`` for a case it does not
+    cover; the node itself is then called.
+
+    ``samples(step, at)`` says where the sample axis of the node's output is in each edge's tensor:
+    a ``SampleAxis`` claims that the node keeps samples apart along it, ``SHARED`` that the tensor
+    has none, ``None`` that the rule cannot tell.
+
+    ``per_sample(step, blocks, at)`` returns for each ``SHARED`` edge the block of rows
+    ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
+    """
+
+    name: str
+    reverse: Reverse
+    samples: Samples | None = None
+    per_sample: PerSample | None = None
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(
+    *names: str, samples: Samples | None = None, per_sample: PerSample | None = None
+) -> Callable[[Reverse], Reverse]:
+    """Register a function as the reverse rule of these nodes."""
+
+    def register(reverse: Reverse) -> Reverse:
+        for name in names:
+            if name in _RULES:
+                raise ValueError(f"a rule for {name} is registered already")
+            _RULES[name] = Rule(name, reverse, samples, per_sample)
+        return reverse
+
+    return register
+
+
+def find(step: Step) -> Rule | None:
+    """The rule of this node, if there is one; a user's Function may bear any name and has none."""
+    if isinstance(step.node, BackwardCFunction) and not step.name.startswith("Checkpoint"):
+        return None
+    return _RULES.get(step.name)
+
+
+def names() -> list[str]:
+    """The names of all nodes that have a rule."""
+    return sorted(_RULES)
+
+
+def elementwise(step: Step, at: SampleAxis) -> list[Place]:
+    """Sample places of a node whose every edge is broadcast to its output, entry by entry."""
+    shape = step.outputs[0].shape
+    return [e and broadcast(at, shape, e.shape) for e in step.edges]
+
+
+def unchanged(step: Step, at: SampleAxis) -> list[Place]:
+    """Sample places of a node whose edges have the axes of its output."""
+    return [e and at for e in step.edges]
+
+
+def whole_first(step: Step, at: SampleAxis) -> list[Place]:
+    """Sample places of a layer: first edge batched along axis 0, the others its parameters."""
+    first: Place = at if at.dim == 0 else None
+    return [e and (first if k == 0 else SHARED) for k, e in enumerate(step.edges)]

@@ -1,0 +1,149 @@
+"""The cotangents to push: which outputs, as blocks of rows that all samples share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.errors import InputError, InputTypeError, SelectionError
+from batchjac.problem import Coupling
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Rows of the identity on one output ``y [N, *out]``, restricted to the selected outputs.
+
+    ``shape`` is what the rows become in the answer. ``entries [V]`` are flat indices into ``out``,
+    the same for all samples, or ``[V, N]``, each sample's own. ``across`` seeds every sample by
+    itself, ``[N * V]`` rows: the full coupling.
+    """
+
+    output: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    entries: Tensor
+    across: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are in all."""
+        return len(self.entries) * (self.output[0] if self.across else 1)
+
+    def block(self, start: int, stop: int) -> Block:
+        """Rows ``start`` to ``stop``: one 1 in each, at its output."""
+        n, *out = self.output
+        width = math.prod(out)
+        rows = torch.arange(start, min(stop, self.rows), device=self.device)
+        if self.across:
+            sample = rows // len(self.entries)
+            data = torch.zeros(len(rows), n, width, dtype=self.dtype, device=self.device)
+            data[torch.arange(len(rows)), sample, self.entries[rows % len(self.entries)]] = 1
+        else:
+            picked = self.entries[rows].reshape(len(rows), -1)
+            data = torch.zeros(*picked.shape, width, dtype=self.dtype, device=self.device)
+            data.scatter_(-1, picked.unsqueeze(-1), 1)
+        return Block(data.reshape(len(rows), -1, *out), self.output)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """The one cotangent ``[N, *out]`` that equals ``sum_v weights[n, v] * row v``."""
+        n, *out = self.output
+        flat = torch.zeros(n, math.prod(out), dtype=self.dtype, device=self.device)
+        picked = self.entries.reshape(len(self.entries), -1).expand(-1, n).T
+        flat.scatter_add_(1, picked, weights.to(self.dtype))
+        return flat.reshape(self.output)
+
+
+def seeds(y: Tensor, selection: Any, coupling: Coupling, samples: slice) -> Seeds:
+    """The rows for output ``y`` and the selection as the caller wrote it."""
+    shape, entries = _entries(y, selection, samples)
+    across = coupling == "full"
+    if across:
+        shape = (y.shape[0], *shape)
+        if entries.dim() == 2:
+            raise InputError('outputs= per sample and coupling="full" exclude each other')
+    return Seeds(tuple(y.shape), y.dtype, y.device, shape, entries.to(y.device), across)
+
+
+def _entries(y: Tensor, selection: Any, samples: slice) -> tuple[tuple[int, ...], Tensor]:
+    """The shape of the selected outputs and their flat indices."""
+    out = tuple(y.shape[1:])
+    every = torch.arange(math.prod(out))
+    if selection is None:
+        return out, every
+    if not out:
+        raise SelectionError(
+            f"outputs={selection!r}: the output has shape {list(y.shape)}, one number per sample, "
+            "so there is nothing to select; leave outputs= out"
+        )
+    grid = every.reshape(out)
+    chosen = _chosen(y, selection, samples)
+    if isinstance(chosen, Tensor):  # one index per sample
+        picked = grid[chosen.cpu()].reshape(len(chosen), -1)
+        return out[1:], picked.T.contiguous()
+    picked = grid[chosen]
+    return tuple(picked.shape), picked.reshape(-1)
+
+
+def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
+    """The selection as an index into axis 1: int, slice, list, or a tensor ``[N]``."""
+    width = y.shape[1]
+    if isinstance(selection, str):
+        if selection != "argmax":
+            raise InputError(f'outputs must be indices or "argmax", got {selection!r}')
+        if y.dim() != 2:
+            raise SelectionError(
+                f'outputs="argmax" needs an output [N, classes], got {list(y.shape)}'
+            )
+        return y.detach().argmax(1)
+    if isinstance(selection, bool):
+        raise InputTypeError("outputs must be int, list, slice, LongTensor[N] or 'argmax'")
+    if _is_index(selection):
+        _check_range([int(selection)], width)
+        return int(selection)
+    if isinstance(selection, slice):
+        return list(range(*selection.indices(width)))
+    if isinstance(selection, Tensor):
+        return _per_sample(selection, y, samples)
+    if isinstance(selection, Sequence) and all(_is_index(s) for s in selection):
+        _check_range(selection, width)
+        return [int(s) for s in selection]
+    raise InputTypeError(
+        "outputs must be int, list of int, slice, LongTensor[N] or 'argmax', got "
+        f"{type(selection).__name__}"
+    )
+
+
+def _is_index(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+
+
+def _per_sample(selection: Tensor, y: Tensor, samples: slice) -> Any:
+    if selection.dtype not in (torch.int64, torch.int32) or selection.dim() > 1:
+        raise InputTypeError(
+            "outputs as a tensor must be a LongTensor[N], one output per sample, got "
+            f"{selection.dtype} {list(selection.shape)}"
+        )
+    _check_range(selection.reshape(-1).tolist(), y.shape[1])
+    if selection.dim() == 0:
+        return int(selection)
+    chosen = (selection.long() % y.shape[1])[samples]
+    if len(chosen) != y.shape[0]:
+        raise SelectionError(
+            f"outputs has {len(selection)} entries; as a tensor it must name one output for each "
+            "sample. For the same outputs in every sample pass a list"
+        )
+    return chosen
+
+
+def _check_range(indices: Sequence[int], width: int) -> None:
+    wrong = [i for i in indices if not -width <= i < width]
+    if wrong:
+        raise SelectionError(
+            f"outputs={wrong[0]} is out of range: axis 1 of the output has {width} entries, "
+            f"0 to {width - 1}"
+        )
