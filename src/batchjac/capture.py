@@ -85,7 +85,7 @@ def capture(problem: Problem, samples: slice) -> Capture:
         else:
             p = parameters[wanted.name]
             goal = Target("", shared[wanted.name], tuple(p.shape), p.dtype, p.device, False)
-            targets[wanted.name] = flatten(goal)
+            targets[wanted.name] = Tree((goal,), ("",), lambda leaves: leaves[0])
     values = flatten(result)
     outputs = _outputs(values, count)
     return Capture(count, values, outputs, targets, (bases, leaves, result))

@@ -60,12 +60,43 @@ class Problem:
 
     def call(self, leaves: Sequence[Any]) -> Any:
         """``f`` on these leaves in the nesting of the inputs: ``f(*x)``, ``f(**x)`` or ``f(x)``."""
-        inputs = self.tree.build(leaves)
-        if type(inputs) is tuple:
-            return self.function(*inputs)
-        if isinstance(inputs, Mapping):
-            return self.function(**inputs)
-        return self.function(inputs)
+        if not self.batched:
+            return _per_sample(self.function, self.tree, leaves)
+        return _apply(self.function, self.tree.build(leaves))
+
+
+def _apply(function: Callable[..., Any], inputs: Any) -> Any:
+    if type(inputs) is tuple:
+        return function(*inputs)
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(inputs)
+
+
+def _per_sample(function: Callable[..., Any], tree: Tree, leaves: Sequence[Any]) -> Any:
+    """A function of one sample on a batch: under ``torch.vmap``, else sample by sample."""
+    nesting: list[Tree] = []
+    axes = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+    def one(*sample: Any) -> tuple[Any, ...]:
+        nesting.append(flatten(_apply(function, tree.build(sample))))
+        return nesting[-1].leaves
+
+    try:
+        columns = torch.vmap(one, in_dims=axes, randomness="different")(*leaves)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        # a branch on a value, an .item(), an output that is no tensor: what vmap refuses
+        size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        rows = [
+            one(*(leaf[n] if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+            for n in range(size)
+        ]
+        columns = tuple(_stacked(column) for column in zip(*rows, strict=True))
+    return nesting[-1].build(columns)
+
+
+def _stacked(column: tuple[Any, ...]) -> Any:
+    return torch.stack(column) if isinstance(column[0], Tensor) else column[0]
 
 
 def differentiable(leaf: Any) -> bool:
@@ -97,6 +128,11 @@ def pose(
     tree = flatten(inputs)
     size = _batch_size(tree)
     wanted, named = _wanted(module, wrt)
+    if not batched and (of is not None or any(w.kind == "layer" for w in wanted)):
+        raise UnsupportedError(
+            "of= and wrt= with a layer's name need batched=True: under batched=False a layer runs "
+            "once for each sample. Let f take the batch"
+        )
     if of is not None:
         _layer(module, of, "of")
     if any(w.kind == "inputs" for w in wanted) and not any(map(differentiable, tree.leaves)):

@@ -1,0 +1,170 @@
+"""The specification: one ``autograd.grad`` for every sample and every output.
+
+Slow, and right wherever PyTorch is. Every rule, mode, chunk size and device must equal it. It
+assumes nothing about samples: with ``coupling="error"`` it looks at every other sample's gradient
+and refuses if one is not zero.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from batchjac.answer import Part, nest, parts
+from batchjac.capture import Capture, Target, capture
+from batchjac.errors import CouplingError, InputError
+from batchjac.problem import Problem, pose
+from batchjac.seeds import Seeds, seeds
+from batchjac.state import untouched
+
+
+def jacobian(
+    f: Any,
+    inputs: Any,
+    *,
+    of: str | None = None,
+    wrt: str | Sequence[str] | None = None,
+    outputs: Any = None,
+    coupling: str = "error",
+    create_graph: bool = False,
+    batched: bool = True,
+) -> Any:
+    """The derivative of every output with respect to every sample's input, one at a time.
+
+    Arguments, result and errors are those of ``batchjac.jacobian``.
+
+    Cost: one forward and ``N * outputs`` backward passes.
+    """
+    problem = pose(
+        f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
+        create_graph=create_graph, batched=batched,
+    )  # fmt: skip
+    with untouched(problem.module), _frozen_statistics(coupling == "frozen"):
+        captured = capture(problem, slice(0, problem.samples))
+        found = {part: _jacobian(problem, captured, part, t) for part, t in parts(captured)}
+    return nest(problem, captured, found.__getitem__)
+
+
+def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -> Tensor:
+    y = captured.outputs[part[0]]
+    rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
+    n = captured.samples
+    if not target.per_sample and problem.coupling == "sum":
+        raise InputError('coupling="sum" has no meaning for parameters, which all samples share')
+    of_sample = [
+        torch.stack([_gradient(problem, captured, y, target, c) for c in cotangents])
+        for cotangents in _one_hot(rows, n)
+    ]  # N times [V, *target]
+    j = torch.stack(of_sample)  # [N, V, *target]
+    out = rows.shape[1:] if rows.across else rows.shape
+    if not target.per_sample:
+        return j.reshape(n, *out, *target.shape)
+    if problem.coupling == "full":
+        return j.reshape(n, *out, *target.shape)
+    if problem.coupling == "sum":  # over the outputs' samples, for each sample of the input
+        return j.sum(0).transpose(0, 1).reshape(n, *out, *target.shape[1:])
+    each = torch.arange(n)
+    others = j.detach().transpose(1, 2)[~torch.eye(n, dtype=torch.bool)]
+    if (others.nan_to_num(0) != 0).any():
+        raise CouplingError("the output of one sample depends on another sample")
+    return j.transpose(1, 2)[each, each].reshape(n, *out, *target.shape[1:])
+
+
+def _one_hot(rows: Seeds, n: int) -> Iterator[list[Tensor]]:
+    """For every sample, its cotangents ``[N, *out]``, each with a single 1."""
+    width = len(rows.entries)
+    for sample in range(n):
+        cotangents = []
+        for v in range(width):
+            weights = torch.zeros(n, width)
+            weights[sample, v] = 1
+            cotangents.append(rows.combined(weights))
+        yield cotangents
+
+
+def _gradient(
+    problem: Problem, captured: Capture, y: Tensor, target: Target, cotangent: Tensor
+) -> Tensor:
+    zero = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
+    if not y.requires_grad or target.edge is None:
+        return zero
+    if _reentrant(y):
+        return _through_leaf(captured, y, target, cotangent)
+    (g,) = torch.autograd.grad(
+        y, target.edge, cotangent, retain_graph=True, create_graph=problem.create_graph,
+        allow_unused=True,
+    )  # fmt: skip
+    return zero if g is None else g
+
+
+def _reentrant(y: Tensor) -> bool:
+    todo, seen = [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [child for child, _ in node.next_functions]
+    return False
+
+
+def _through_leaf(captured: Capture, y: Tensor, target: Target, cotangent: Tensor) -> Tensor:
+    """Reentrant checkpoints refuse ``autograd.grad``; read the leaf's ``.grad`` instead."""
+    bases = [b for b in captured.keep[0] if isinstance(b, Tensor) and b.requires_grad]
+    for base in bases:
+        base.grad = None
+    y.backward(cotangent, retain_graph=True)
+    place = [k for k, b in enumerate(captured.keep[1]) if isinstance(b, Tensor)
+             and torch.autograd.graph.get_gradient_edge(b) == target.edge]  # fmt: skip
+    g = captured.keep[0][place[0]].grad
+    return torch.zeros(target.shape, dtype=target.dtype) if g is None else g.clone()
+
+
+@contextlib.contextmanager
+def _frozen_statistics(active: bool) -> Iterator[None]:
+    if not active:
+        yield
+        return
+    with _FrozenStatistics():
+        yield
+
+
+class _FrozenStatistics(TorchFunctionMode):
+    """``F.batch_norm`` in training, written out with its batch statistics held constant."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.batch_norm:
+            return func(*args, **kwargs)
+        return _batch_norm(*args, **kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    def per_channel(t: Tensor) -> Tensor:
+        return t.reshape(1, -1, *(1,) * (x.dim() - 2))
+
+    if training:
+        over = [0, *range(2, x.dim())]
+        mean, var = x.detach().mean(over), x.detach().var(over, unbiased=False)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean, running_var
+    y = (x - per_channel(mean)) * per_channel((var + eps).rsqrt())
+    y = y if weight is None else y * per_channel(weight)
+    return y if bias is None else y + per_channel(bias)
