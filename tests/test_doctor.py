@@ -131,9 +131,13 @@ def test_a_missing_feature_is_reported_as_missing(
     assert found.detail == ("no" if answer is False else "no: RuntimeError: two")
 
 
-def test_free_memory_is_a_plausible_number_of_bytes():
-    free = doctor.free_memory()
-    assert free is None or 2**20 < free < 2**50
+def test_the_machine_is_described():
+    found = {finding.name: finding.detail for finding in doctor.machine()}
+    assert list(found) == ["cpu", "threads", "devices", "memory free"]
+    assert found["cpu"].endswith(torch.backends.cpu.get_cpu_capability())
+    assert found["threads"].startswith(f"{torch.get_num_threads()} in an operator")
+    assert found["devices"].startswith("cpu")
+    assert 0 < float(found["memory free"].removesuffix(" GiB")) < 2**20
 
 
 def test_rules_are_counted_and_named_missing_where_there_are_none(monkeypatch: pytest.MonkeyPatch):

@@ -68,13 +68,12 @@ def application() -> "typer.Typer":
         quick: Annotated[bool, typer.Option("--quick", help="A smaller job, to try it.")] = False,
     ) -> None:
         """Train two small models on real and planted data; show what every input matters for."""
-        try:
-            from batchjac.demo import main as job
+        from batchjac.demo.extras import MissingExtraError
+        from batchjac.demo.main import run
 
-            job.run(out, quick)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == "batchjac":
-                raise  # our own fault, not a missing extra
-            sys.exit(f'The demo needs {error.name}: pip install "batchjac[demo]"')
+        try:
+            run(out, quick)
+        except MissingExtraError as error:  # names the packages and the line that installs them
+            sys.exit(str(error))
 
     return app

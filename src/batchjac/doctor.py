@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchjac import memory
+
 Engine = Callable[[nn.Module, Tensor], Any]
 
 # Which extra brings which distribution. Looked up by metadata: nothing of it is imported.
@@ -80,7 +82,6 @@ def _distribution(name: str, remedy: str) -> Finding:
 
 def machine() -> list[Finding]:
     """Processor, threads, devices and free memory."""
-    free = free_memory()
     return [
         Finding("cpu", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
         Finding(
@@ -89,23 +90,8 @@ def machine() -> list[Finding]:
             f"{torch.get_num_interop_threads()} between operators, {os.cpu_count()} cores",
         ),
         Finding("devices", ", ".join(_devices())),
-        Finding("memory free", "unknown" if free is None else f"{free / 2**30:.1f} GiB"),
+        Finding("memory free", f"{memory.free(torch.device('cpu')) / 2**30:.1f} GiB"),
     ]
-
-
-def free_memory() -> int | None:
-    """Bytes that a new allocation may take without swapping, or None where nothing tells."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _cpu_name() -> str:
