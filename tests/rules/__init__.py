@@ -1,0 +1,1 @@
+"""Each rule beside its node called row by row."""
