@@ -1,1 +1,7 @@
 """Every sample's own Jacobian, from one forward and one walk over the recorded graph."""
+
+from batchjac import errors as errors
+from batchjac.api import jacobian as jacobian
+from batchjac.api import value_and_jacobian as value_and_jacobian
+
+__all__ = ["errors", "jacobian", "value_and_jacobian"]

@@ -32,7 +32,12 @@ class Seeds:
     @property
     def rows(self) -> int:
         """How many rows there are in all."""
-        return len(self.entries) * (self.output[0] if self.across else 1)
+        return self.width * (self.output[0] if self.across else 1)
+
+    @property
+    def width(self) -> int:
+        """How many rows each sample has."""
+        return len(self.entries)
 
     def block(self, start: int, stop: int) -> Block:
         """Rows ``start`` to ``stop``: one 1 in each, at its output."""
@@ -40,9 +45,10 @@ class Seeds:
         width = math.prod(out)
         rows = torch.arange(start, min(stop, self.rows), device=self.device)
         if self.across:
-            sample = rows // len(self.entries)
+            sample = rows // self.width
+            every = self.entries.reshape(self.width, -1).expand(-1, n)
             data = torch.zeros(len(rows), n, width, dtype=self.dtype, device=self.device)
-            data[torch.arange(len(rows)), sample, self.entries[rows % len(self.entries)]] = 1
+            data[torch.arange(len(rows)), sample, every[rows % self.width, sample]] = 1
         else:
             picked = self.entries[rows].reshape(len(rows), -1)
             data = torch.zeros(*picked.shape, width, dtype=self.dtype, device=self.device)
@@ -62,10 +68,6 @@ def seeds(y: Tensor, selection: Any, coupling: Coupling, samples: slice) -> Seed
     """The rows for output ``y`` and the selection as the caller wrote it."""
     shape, entries = _entries(y, selection, samples)
     across = coupling == "full"
-    if across:
-        shape = (y.shape[0], *shape)
-        if entries.dim() == 2:
-            raise InputError('outputs= per sample and coupling="full" exclude each other')
     return Seeds(tuple(y.shape), y.dtype, y.device, shape, entries.to(y.device), across)
 
 

@@ -59,18 +59,15 @@ def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -
         for cotangents in _one_hot(rows, n)
     ]  # N times [V, *target]
     j = torch.stack(of_sample)  # [N, V, *target]
-    out = rows.shape[1:] if rows.across else rows.shape
-    if not target.per_sample:
-        return j.reshape(n, *out, *target.shape)
-    if problem.coupling == "full":
-        return j.reshape(n, *out, *target.shape)
+    if not target.per_sample or problem.coupling == "full":
+        return j.reshape(n, *rows.shape, *target.shape)
     if problem.coupling == "sum":  # over the outputs' samples, for each sample of the input
-        return j.sum(0).transpose(0, 1).reshape(n, *out, *target.shape[1:])
+        return j.sum(0).transpose(0, 1).reshape(n, *rows.shape, *target.shape[1:])
     each = torch.arange(n)
     others = j.detach().transpose(1, 2)[~torch.eye(n, dtype=torch.bool)]
     if (others.nan_to_num(0) != 0).any():
         raise CouplingError("the output of one sample depends on another sample")
-    return j.transpose(1, 2)[each, each].reshape(n, *out, *target.shape[1:])
+    return j.transpose(1, 2)[each, each].reshape(n, *rows.shape, *target.shape[1:])
 
 
 def _one_hot(rows: Seeds, n: int) -> Iterator[list[Tensor]]:

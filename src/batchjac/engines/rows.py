@@ -1,0 +1,32 @@
+"""The plain row loop: ``autograd.grad`` once per row, through the real engine, hooks and all.
+
+Law: it *is* what the walk must equal. It is the last resort when a walk and autograd disagree.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from batchjac.block import Block
+from batchjac.graph import Slot
+
+
+def rows(
+    y: Tensor, targets: Sequence[GradientEdge], seeds: Block, create_graph: bool = False
+) -> dict[Slot, Block]:
+    """Each row of ``seeds`` through the autograd engine, to every target that it reaches."""
+    found: list[list[Tensor | None]] = []
+    for cotangent in seeds.full():
+        grads = torch.autograd.grad(
+            y, targets, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        found.append(list(grads))
+    blocks = {}
+    for edge, column in zip(targets, zip(*found, strict=True), strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is not None:
+            data = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
+            blocks[(edge.node, edge.output_nr)] = Block(data, tuple(like.shape))
+    return blocks

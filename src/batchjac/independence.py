@@ -1,0 +1,123 @@
+"""Do outputs of one sample ignore the other samples? Proved from the graph, else probed.
+
+The proof follows the sample axis from the output through every rule's ``samples`` claim to each
+target. Where a claim is missing, random cotangents on half of the samples must leave the gradients
+of the others exactly zero. Two halves are tried both ways round on every run; the first time a
+function is seen, enough splits to separate every pair in a batch of up to 16 samples, and a single
+pair in a larger batch but for one chance in sixteen.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.engines.sweep import Kernels, walk
+from batchjac.graph import Edge, Graph, Slot, Step
+from batchjac.rules import registry
+from batchjac.samples import Place, SampleAxis
+
+PAIRS_UP_TO = 16
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Where the sample axis is at every slot, and the steps where that was lost."""
+
+    places: dict[Slot, Place]
+    suspects: tuple[int, ...]
+
+    def holds(self, targets: Sequence[Slot]) -> bool:
+        """Whether every one of these targets keeps its samples apart along axis 0."""
+        return all(self.places.get(t, SampleAxis(0)) == SampleAxis(0) for t in targets)
+
+
+def prove(graph: Graph, y: Tensor) -> Proof:
+    """Follow the sample axis of ``y`` down the graph, claim by claim."""
+    assert y.grad_fn is not None
+    places: dict[Slot, Place] = {(y.grad_fn, y.output_nr): SampleAxis(0)}
+    suspects = []
+    for index, step in enumerate(graph.steps):
+        arrived = [places[s] for s in _slots(step) if s in places]
+        at = arrived[0] if arrived and all(a == arrived[0] for a in arrived) else None
+        claims = _claims(step, at)
+        if isinstance(at, SampleAxis) and _loses(step.edges, claims):
+            suspects.append(index)
+        for edge, claim in zip(step.edges, claims, strict=True):
+            if edge is not None:
+                slot = (edge.node, edge.slot)
+                places[slot] = claim if places.get(slot, claim) == claim else None
+    return Proof(places, tuple(suspects))
+
+
+def _slots(step: Step) -> list[Slot]:
+    return [(step.node, k) for k in range(len(step.outputs))]
+
+
+def _claims(step: Step, at: Place) -> Sequence[Place]:
+    if not isinstance(at, SampleAxis):
+        return [at] * len(step.edges)
+    rule = registry.find(step)
+    if rule is None or rule.samples is None:
+        return [None] * len(step.edges)
+    return rule.samples(step, at)
+
+
+def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
+    return any(
+        e is not None and not isinstance(c, SampleAxis)
+        for e, c in zip(edges, claims, strict=True)
+    )
+
+
+def leaks(
+    graph: Graph, y: Tensor, targets: Sequence[Slot], kernels: Kernels, thorough: bool
+) -> bool:
+    """Whether a cotangent on some samples reaches the gradient of others."""
+    assert y.grad_fn is not None
+    n = y.shape[0]
+    masks = _splits(n, thorough)
+    generator = torch.Generator().manual_seed(n)  # its own: the user's random state stays
+    noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+    lead = masks.reshape(*masks.shape, *(1,) * (y.dim() - 1)).to(y.device, y.dtype)
+    seeds = {(y.grad_fn, y.output_nr): Block(lead * noise, tuple(y.shape))}
+    found = walk(graph, seeds, kernels)
+    for slot in targets:
+        if slot in found:
+            data = found[slot].full()
+            if data.shape[1] != n:
+                return True
+            others = data[~masks.to(data.device)]
+            if (others.nan_to_num(0, 1, 1) != 0).any():
+                return True
+    return False
+
+
+def _splits(n: int, thorough: bool) -> Tensor:
+    """Halves of the samples and their complements, as masks ``[K, N]``."""
+    if thorough and n <= PAIRS_UP_TO:
+        # the binary digits of the index: any two samples differ in one of them
+        digits = torch.arange(max(1, math.ceil(math.log2(n)))).unsqueeze(1)
+        halves = (torch.arange(n) >> digits) % 2 == 1
+    else:
+        generator = torch.Generator().manual_seed(n)
+        count = 4 if thorough else 1
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(count)])
+        halves = order < n // 2
+    return torch.cat([halves, ~halves])
+
+
+def frozen(graph: Graph, proof: Proof) -> Graph:
+    """The graph with batch statistics held constant where they are taken over samples."""
+    return replace(graph, steps=tuple(_freeze(step, proof) for step in graph.steps))
+
+
+def _freeze(step: Step, proof: Proof) -> Step:
+    at = proof.places.get((step.node, 0))
+    over_samples = not (isinstance(at, SampleAxis) and at.dim == 1)
+    if step.name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0") and over_samples:
+        return replace(step, name=f"{step.name}:frozen")
+    return step

@@ -1,0 +1,162 @@
+"""One output of one recorded forward: its graph, its proof, its rows, into the sinks."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from batchjac.answer import Part, parts
+from batchjac.block import Block
+from batchjac.capture import Capture, Target
+from batchjac.engines.rows import rows as engine_rows
+from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
+from batchjac.graph import Graph, Slot, prune
+from batchjac.independence import Proof, frozen, prove
+from batchjac.problem import Problem
+from batchjac.seeds import Seeds, seeds
+from batchjac.sink import Sink
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A Jacobian of this output: its place in the answer and what it is differentiated by."""
+
+    part: Part
+    target: Target
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where its rows arrive."""
+        assert self.target.edge is not None
+        return self.target.edge
+
+    @property
+    def slot(self) -> Slot:
+        """The same, as the walk names it."""
+        return (self.edge.node, self.edge.output_nr)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All rows of one output ``y``, toward every goal, for the samples of one capture.
+
+    Rows are pushed *together*, the same for every sample, which needs independent samples. A
+    parameter is shared by the samples, so its rows are kept per sample by the rules on the way;
+    where one cannot, every sample is seeded *apart*, with as many times the rows.
+    """
+
+    problem: Problem
+    y: Tensor
+    samples: slice
+    goals: tuple[Goal, ...]
+    kernels: Kernels
+
+    @cached_property
+    def seeds(self) -> Seeds:
+        """The rows that are asked for."""
+        return seeds(self.y, self.problem.outputs, self.problem.coupling, self.samples)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """From ``y`` to all goals; batch statistics frozen when that was asked for."""
+        return self.pruned(self.goals)
+
+    @cached_property
+    def proof(self) -> Proof:
+        """Where the samples are along the way."""
+        return prove(self.graph, self.y)
+
+    @property
+    def count(self) -> int:
+        """Samples in this capture."""
+        return int(self.y.shape[0])
+
+    @property
+    def root(self) -> Slot | None:
+        """Where rows start; None when nothing was recorded."""
+        return None if self.y.grad_fn is None else (self.y.grad_fn, self.y.output_nr)
+
+    def pruned(self, goals: tuple[Goal, ...]) -> Graph:
+        """The graph from ``y`` to these goals."""
+        graph = prune([self.root[0]] if self.root else [], [g.slot for g in goals])
+        if self.problem.coupling == "frozen" and graph.steps:
+            return frozen(graph, prove(graph, self.y))
+        return graph
+
+    def unreached(self) -> list[Goal]:
+        """The goals on which ``y`` does not depend."""
+        return [g for g in self.goals if g.slot[0] not in self.graph.reaches]
+
+    def fill(self, sinks: dict[Part, Sink], rows: int, by_engine: bool = False) -> None:
+        """Compute all rows, ``rows`` at a time, and put them into the sinks."""
+        shared = tuple(g for g in self.goals if not g.target.per_sample)
+        together = self.count == 1 or self.seeds.across or not shared
+        if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
+            try:
+                self._push(sinks, rows, self.seeds, self.goals, self.proof, by_engine)
+                return
+            except NotPerSample:
+                pass  # every sample apart, below
+        if together:
+            self._push(sinks, rows, self.seeds, self.goals, None, by_engine)
+            return
+        own = tuple(g for g in self.goals if g.target.per_sample)
+        self._push(sinks, rows, self.seeds, own, None, by_engine)
+        self._push(sinks, rows, replace(self.seeds, across=True), shared, None, by_engine)
+
+    def _push(
+        self,
+        sinks: dict[Part, Sink],
+        rows: int,
+        seeds: Seeds,
+        goals: tuple[Goal, ...],
+        proof: Proof | None,
+        by_engine: bool,
+    ) -> None:
+        graph = self.graph if goals == self.goals else self.pruned(goals)
+        create_graph = self.problem.create_graph
+        for start in range(0, seeds.rows if goals else 0, rows):
+            block = seeds.block(start, start + rows)
+            found: dict[Slot, Block] = {}
+            if self.root is not None and by_engine:
+                found = engine_rows(self.y, [g.edge for g in goals], block, create_graph)
+            elif self.root is not None:
+                places = proof.places if proof else None
+                found = walk(graph, {self.root: block}, self.kernels, places, create_graph)
+            for goal in goals:
+                self._put(sinks[goal.part], goal, found.get(goal.slot), seeds, start, block.rows)
+
+    def _put(
+        self, sink: Sink, goal: Goal, block: Block | None, seeds: Seeds, start: int, rows: int
+    ) -> None:
+        """Rows of one goal, as ``[samples, rows, *target]`` pieces."""
+        first = self.samples.start
+        kept = not goal.target.per_sample and not seeds.across  # rows and samples in one axis
+        if block is None:
+            block = _zeros(goal.target, rows * self.count if kept else rows)
+        if seeds.across:  # row v of sample n is row n * width + v
+            for row, data in enumerate(block.full(), start):
+                sink.put(first + row // seeds.width, row % seeds.width, data[None, None])
+        elif kept:
+            sink.put(first, start, block.full().unflatten(0, (rows, -1)).transpose(0, 1))
+        else:
+            sink.put(first, start, block.full().transpose(0, 1))
+
+
+def _zeros(target: Target, rows: int) -> Block:
+    """No gradient arrived: zeros, without the memory for them."""
+    zero = torch.zeros((), dtype=target.dtype, device=target.device)
+    return Block(zero.expand(rows, *(1 for _ in target.shape)), target.shape)
+
+
+def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
+    """One job for each differentiable output."""
+    found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}
+    for part, target in parts(captured):
+        found[part[0]].append(Goal(part, target))
+    return [
+        Job(problem, captured.outputs[k], samples, tuple(goals), kernels)
+        for k, goals in found.items()
+    ]

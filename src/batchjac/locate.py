@@ -1,0 +1,70 @@
+"""Which module made a node: asked only when an error has to name it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from batchjac.capture import Capture, capture
+from batchjac.graph import Graph, Step
+from batchjac.problem import Problem
+
+
+def modules(
+    problem: Problem, captured: Capture, graph: Graph, steps: tuple[int, ...]
+) -> list[str]:
+    """The innermost modules that recorded these steps, as ``"path (Class)"``, or node names.
+
+    Runs the function once more under hooks: nodes are numbered in the order in which the forward
+    made them, so a module's nodes are those numbered while it ran. The n-th node of the second
+    run is the n-th of the first.
+    """
+    names = [graph.steps[k].name for k in steps]
+    if problem.module is None or not steps:
+        return list(dict.fromkeys(names))
+    first = _first_number(captured)
+    spans: list[tuple[str, int, int]] = []
+    with _spans(problem.module, spans):
+        again = capture(problem, slice(0, captured.samples))
+    offset = _first_number(again) - first
+    found = [_innermost(spans, graph.steps[k], offset) for k in steps]
+    return list(dict.fromkeys(f or n for f, n in zip(found, names, strict=True)))
+
+
+def _first_number(captured: Capture) -> int:
+    """The number of the first node that a capture made."""
+    numbers = [t.grad_fn._sequence_nr() for t in captured.keep[1] if getattr(t, "grad_fn", None)]
+    return int(min(numbers, default=0))
+
+
+def _innermost(spans: list[tuple[str, int, int]], step: Step, offset: int) -> str | None:
+    number = step.node._sequence_nr() + offset
+    around = [(stop - start, name) for name, start, stop in spans if start <= number < stop]
+    return min(around)[1] if around else None
+
+
+@contextlib.contextmanager
+def _spans(module: nn.Module, spans: list[tuple[str, int, int]]) -> Iterator[None]:
+    """Note, for every call of a submodule, the node numbers handed out while it ran."""
+    number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+    handles = []
+    for path, child in module.named_modules():
+        starts: list[int] = []
+        name = f"{path} ({type(child).__name__})" if path else type(child).__name__
+
+        def before(m: nn.Module, args: object, starts: list[int] = starts) -> None:
+            starts.append(number())
+
+        def after(
+            m: nn.Module, args: object, out: object, name: str = name, starts: list[int] = starts
+        ) -> None:
+            spans.append((name, starts.pop(), number()))
+
+        handles.append(child.register_forward_pre_hook(before))
+        handles.append(child.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

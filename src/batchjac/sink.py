@@ -1,0 +1,109 @@
+"""Where the rows of an answer go: a tensor made beforehand, or pieces kept for autograd."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.errors import OutError
+
+
+class Sink(ABC):
+    """Takes ``[samples, rows, *target]`` pieces of one Jacobian in any order of chunks.
+
+    Law: ``result()`` is the pieces put together, whatever the chunks were.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rows: int) -> None:
+        self.shape = shape
+        self.rows = rows
+
+    @abstractmethod
+    def put(self, sample: int, row: int, piece: Tensor) -> None:
+        """Store a piece whose first entry belongs to this sample and row."""
+
+    @abstractmethod
+    def chunk(self, samples: slice) -> Tensor:
+        """The rows of these samples, as they were put: ``[samples, rows, *target]``."""
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """The whole Jacobian."""
+
+
+class Preallocated(Sink):
+    """Writes straight into a tensor ``[N, *out, *in]``: the caller's, or a new one."""
+
+    def __init__(
+        self, shape: tuple[int, ...], rows: int, inner: tuple[int, ...], tensor: Tensor
+    ) -> None:
+        super().__init__(shape, rows)
+        self.tensor = tensor
+        try:
+            self.view = tensor.view(shape[0], rows, *inner)
+        except RuntimeError as error:
+            raise OutError(
+                f"out has strides {tuple(tensor.stride())} that do not let its output axes be seen "
+                "as one; pass a contiguous tensor or array"
+            ) from error
+
+    def put(self, sample: int, row: int, piece: Tensor) -> None:
+        self.view[sample : sample + piece.shape[0], row : row + piece.shape[1]].copy_(piece)
+
+    def chunk(self, samples: slice) -> Tensor:
+        return self.view[samples]
+
+    def result(self) -> Tensor:
+        return self.tensor
+
+
+class Collected(Sink):
+    """Keeps the pieces with their history and joins them at the end."""
+
+    def __init__(self, shape: tuple[int, ...], rows: int) -> None:
+        super().__init__(shape, rows)
+        self.pieces: dict[int, list[Tensor]] = {}
+
+    def put(self, sample: int, row: int, piece: Tensor) -> None:
+        if row == 0:
+            self.pieces[sample] = []  # also when a chunk is computed again
+        self.pieces[sample].append(piece)
+
+    def chunk(self, samples: slice) -> Tensor:
+        starts = [n for n in sorted(self.pieces) if samples.start <= n < samples.stop]
+        return torch.cat([torch.cat(self.pieces[n], 1) for n in starts])
+
+    def result(self) -> Tensor:
+        chunks = [torch.cat(self.pieces[n], 1) for n in sorted(self.pieces)]
+        return torch.cat(chunks).reshape(self.shape)
+
+
+def writable(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The caller's ``out`` as a tensor over the same memory, or an error that says what is wrong."""
+    expected = f"{list(shape)} of {dtype} on {device}"
+    if not isinstance(out, Tensor):
+        flags = getattr(out, "flags", None)
+        if not hasattr(out, "__array_interface__") or flags is None:
+            raise OutError(
+                f"out must be a tensor or a NumPy array or memmap, {expected}; got "
+                f"{type(out).__name__}"
+            )
+        if not flags.writeable:
+            raise OutError(
+                "out is read-only; open the memory map with mode 'r+' or 'w+', or pass a copy"
+            )
+        out = torch.from_numpy(out)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device:
+        raise OutError(
+            f"out must be {expected}, got {list(out.shape)} of {out.dtype} on {out.device}"
+        )
+    if out.requires_grad:
+        raise OutError("out requires grad; pass a plain buffer such as torch.empty(...)")
+    return out
+
+
+def size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * dtype.itemsize

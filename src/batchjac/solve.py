@@ -1,0 +1,277 @@
+"""The loop over chunks of samples: capture, check, fill; smaller again when memory runs out."""
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac import memory, verify
+from batchjac.answer import Part, nest
+from batchjac.capture import Capture, capture
+from batchjac.engines.sweep import Kernels
+from batchjac.errors import BudgetError, CouplingError, InputError, OutError
+from batchjac.independence import leaks
+from batchjac.job import Goal, Job, jobs
+from batchjac.locate import modules
+from batchjac.memory import Chunk
+from batchjac.problem import Problem
+from batchjac.sink import Collected, Preallocated, Sink, size, writable
+from batchjac.state import untouched
+from batchjac.tree import Tree, flatten
+
+log = logging.getLogger("batchjac")
+
+# A first chunk is taken before anything is known; a forward seldom holds more than this many
+# times its input, and a chunk that does not fit is halved.
+_GROWTH = 1000
+
+
+def solve(
+    problem: Problem, max_memory: int | str | None, out: Any, fixed: Chunk | None = None
+) -> tuple[Any, Any]:
+    """The value and the Jacobian of a posed problem; ``fixed`` chunks are for tests."""
+    if out is not None and problem.create_graph:
+        raise OutError("out= and create_graph=True exclude each other: a history needs new tensors")
+    device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
+    allowed = memory.budget(max_memory, device)
+    _count_nan(problem)
+    with untouched(problem.module):
+        return _Run(problem, allowed, out, fixed).answer()
+
+
+def _count_nan(problem: Problem) -> None:
+    for path, leaf in zip(problem.tree.paths, problem.tree.leaves, strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        bad = int(leaf.detach().reshape(len(leaf), -1).isnan().any(1).sum())
+        if bad:
+            log.warning(
+                "inputs%s: %d of %d samples hold NaN, which passes through to their Jacobians",
+                path, bad, problem.samples,
+            )  # fmt: skip
+
+
+@dataclass
+class _Run:
+    """What one call has so far."""
+
+    problem: Problem
+    allowed: int
+    out: Any
+    fixed: Chunk | None
+    sinks: dict[Part, Sink] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
+    values: list[Tree] = field(default_factory=list)
+    skeleton: Capture | None = None
+    chunk: Chunk = Chunk(0, 0)
+    left: int = 0  # bytes beside the result
+    by_engine: bool = False  # the walk and autograd disagreed: rows go through the engine
+
+    @property
+    def whole(self) -> bool:
+        """Samples stay together: their coupling is part of the answer."""
+        return self.problem.coupling != "error"
+
+    def answer(self) -> tuple[Any, Any]:
+        """All chunks of samples, then the nested result."""
+        start, n = 0, self.problem.samples
+        self.chunk = self._first()
+        while start < n:
+            stop = min(n, start + self.chunk.samples)
+            try:
+                done = self._part(slice(start, stop))
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                done = False
+                self.chunk = _halved(self.chunk, stop - start, error, self.whole)
+                gc.collect()
+            if done:
+                start = stop
+        self._report()
+        assert self.skeleton is not None
+        return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
+
+    def _first(self) -> Chunk:
+        """The first chunk, before anything is known but the inputs."""
+        n = self.problem.samples
+        if self.fixed is not None:
+            return replace(self.fixed, samples=n if self.whole else self.fixed.samples)
+        if self.whole:
+            return Chunk(n, 1 << 62)
+        tensors = [t for t in self.problem.tree.leaves if isinstance(t, Tensor)]
+        each = max(1, sum(t.numel() * t.element_size() for t in tensors) // n)
+        return Chunk(max(min(n, 2), min(n, self.allowed // (_GROWTH * each))), 1 << 62)
+
+    def _part(self, samples: slice) -> bool:
+        """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
+        captured = capture(self.problem, samples)
+        work = jobs(self.problem, captured, samples, self.kernels)
+        first = not self.sinks
+        if first:
+            self._allocate(captured, work)
+        for job in work:
+            self._check(job, captured)
+        if self.fixed is None:
+            known = memory.need([job.graph for job in work], captured.samples)
+            rows = max(job.seeds.rows for job in work)
+            best = memory.chunk(known, captured.samples, rows, self.left, self.whole)
+            if first:
+                self.chunk = memory.chunk(
+                    known, self.problem.samples, rows, self.left, self.whole
+                )
+            if best.samples < captured.samples:
+                self.chunk = best
+                return False
+            self.chunk = replace(self.chunk, rows=min(self.chunk.rows, best.rows))
+        for job in work:
+            self._fill(job, self.chunk.rows)
+        kept = captured.values.map(_detached) if not self.problem.create_graph else None
+        self.values.append(flatten(kept) if kept is not None else captured.values)
+        return True
+
+    def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
+        """The sinks, once the first capture has shown the shapes."""
+        self.skeleton = _without_graph(captured)
+        goals = [(job, goal) for job in work for goal in job.goals]
+        if self.out is not None and len(goals) != 1:
+            raise OutError(
+                f"out= takes one Jacobian, but this question has {len(goals)} (several outputs, "
+                "inputs, layers or parameters); ask for one of them, or leave out= away"
+            )
+        if self.problem.coupling == "sum" and any(not g.target.per_sample for _, g in goals):
+            raise InputError(
+                'coupling="sum" has no meaning for parameters, which all samples share; use "full"'
+            )
+        shapes = [_shape(self.problem, job, goal) for job, goal in goals]
+        own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
+        result = 0 if self.out is not None else sum(own)
+        self.left = self.allowed - result
+        if self.left <= 0:
+            raise BudgetError(
+                f"the result alone takes {memory.text(result)}, max_memory allows "
+                f"{memory.text(self.allowed)}; allow more, select outputs=, or pass out= a "
+                "memory-mapped array"
+            )
+        for shape, (job, goal) in zip(shapes, goals, strict=True):
+            self.sinks[goal.part] = self._sink(shape, job, goal)
+
+    def _sink(self, shape: tuple[int, ...], job: Job, goal: Goal) -> Sink:
+        rows, target = job.seeds.width, goal.target
+        if self.problem.create_graph:
+            return Collected(shape, rows)
+        if self.out is not None:
+            tensor = writable(self.out, shape, target.dtype, target.device)
+        else:
+            tensor = torch.empty(shape, dtype=target.dtype, device=target.device)
+        inner = shape[1 + len(job.seeds.shape) :]
+        return Preallocated(shape, rows, inner, tensor)
+
+    def _check(self, job: Job, captured: Capture) -> None:
+        """Refuse coupled samples, unless the question says what to do with them."""
+        if self.problem.coupling in ("sum", "full") or not self.problem.batched:
+            return
+        if self.problem.samples == 1 or job.root is None:
+            return
+        targets = [g.slot for g in job.goals if g.target.per_sample]
+        if job.proof.holds(targets):
+            return
+        thorough = not verify.trusted(job)
+        if captured.samples > 1 and leaks(job.graph, job.y, targets, self.kernels, thorough):
+            raise CouplingError(_coupled(self.problem, captured, job))
+
+    def _fill(self, job: Job, rows: int) -> None:
+        if job.unreached() and not self.values:
+            for goal in job.unreached():
+                log.warning(
+                    "output%s does not depend on %s%s: its Jacobian is zero",
+                    self._path(goal), goal.part[1], goal.target.path,
+                )  # fmt: skip
+        job.fill(self.sinks, rows, self.by_engine)
+        if self.by_engine or verify.trusted(job):
+            return
+        if verify.agrees(job, self.sinks) is False:
+            log.warning(
+                "the walk and autograd disagree on this function (a hook that changes gradients, "
+                "or a node whose rule is wrong): its rows now go through autograd one at a time"
+            )
+            self.by_engine = True
+            job.fill(self.sinks, rows, self.by_engine)
+            return
+        verify.trust(job)
+
+    def _path(self, goal: Goal) -> str:
+        assert self.skeleton is not None
+        return self.skeleton.values.paths[goal.part[0]]
+
+    def _report(self) -> None:
+        if self.kernels.slow:
+            listed = ", ".join(f"{name} ({way})" for name, way in self.kernels.slow.items())
+            log.info("nodes without a rule, called themselves: %s", listed)
+
+    def _value(self) -> Any:
+        """The function's own value, its chunks joined."""
+        last = self.values[-1]
+        if len(self.values) == 1:
+            return last.build(last.leaves)
+        columns = zip(*(tree.leaves for tree in self.values), strict=True)
+        return last.build([_joined(column) for column in columns])
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _joined(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], Tensor) and column[0].dim() > 0:
+        return torch.cat(list(column))
+    return column[-1]
+
+
+def _without_graph(captured: Capture) -> Capture:
+    """What nesting the answer needs of a capture, without the memory of the forward."""
+    targets = {
+        name: replace(tree, leaves=tuple(t and replace(t, edge=None) for t in tree.leaves))
+        for name, tree in captured.targets.items()
+    }
+    values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
+    outputs = {k: torch.empty(0) for k in captured.outputs}
+    return Capture(captured.samples, values, outputs, targets, ())
+
+
+def _shape(problem: Problem, job: Job, goal: Goal) -> tuple[int, ...]:
+    """``[N, *out, *in]``; with the full coupling ``[N, *out, N, *in]``."""
+    inner = goal.target.shape
+    if goal.target.per_sample and problem.coupling != "full":
+        inner = inner[1:]
+    return (problem.samples, *job.seeds.shape, *inner)
+
+
+def _halved(chunk: Chunk, samples: int, error: Exception, whole: bool) -> Chunk:
+    """Half the samples, else half the rows."""
+    if samples > 1 and not whole:
+        log.warning("out of memory with %d samples at a time; trying half", samples)
+        return replace(chunk, samples=samples // 2)
+    if 1 < chunk.rows < 1 << 62:
+        log.warning("out of memory with %d rows at a time; trying half", chunk.rows)
+        return replace(chunk, rows=chunk.rows // 2)
+    raise BudgetError(
+        "out of memory with one sample and one row at a time; free memory, use a smaller model or "
+        "input, or another device"
+    ) from error
+
+
+def _coupled(problem: Problem, captured: Capture, job: Job) -> str:
+    """The error's text: which modules, and what to do."""
+    suspects = modules(problem, captured, job.graph, job.proof.suspects[:3])
+    places = ", ".join(suspects) or "an operation without a rule"
+    return (
+        f"outputs of one sample depend on other samples, by way of {places}: a per-sample Jacobian "
+        "does not exist. Use model.eval() for batch normalisation, or say what you want: "
+        'coupling="frozen" (batch statistics held constant), "sum" (the derivative of the sum over '
+        'samples), or "full" ([N, *out, N, *in])'
+    )

@@ -1,0 +1,98 @@
+"""One row of autograd's own engine against the rows just computed, the first time a graph is seen.
+
+The walk stands on semi-private ground (what nodes save, calling a node) and skips hooks. A random
+cotangent through the real engine costs one backward and sees all of that.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.job import Goal, Job
+from batchjac.sink import Sink
+
+# A wrong rule is wrong by the size of the result; rounding is far below the square root of eps.
+_ROOT_EPS = {
+    torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2,
+}  # fmt: skip
+
+_trusted: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
+
+
+def _owner(job: Job) -> Any:
+    return job.problem.module or job.problem.function
+
+
+def signature(job: Job) -> int:
+    """What a graph is made of, whatever the number of samples."""
+    steps = tuple((s.name, s.outputs[0].dtype, len(s.shape)) for s in job.graph.steps)
+    return hash((steps, tuple(sorted(job.kernels.ways.items()))))
+
+
+def trusted(job: Job) -> bool:
+    """Whether this function's graph has been compared before."""
+    try:
+        return signature(job) in _trusted.get(_owner(job), set())
+    except TypeError:  # the function cannot be referred to weakly
+        return False
+
+
+def trust(job: Job) -> None:
+    """Remember that this function's graph was compared, or found to need the engine."""
+    try:
+        _trusted.setdefault(_owner(job), set()).add(signature(job))
+    except TypeError:
+        pass
+
+
+def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
+    """Whether a random combination of the rows equals one ``autograd.grad``; None if unknowable."""
+    goals = [g for g in job.goals if g not in job.unreached()]
+    if not goals or job.problem.coupling == "frozen" or not job.y.requires_grad:
+        return None
+    weights = _weights(job)
+    cotangent = job.seeds.combined(weights)
+    try:
+        expected = torch.autograd.grad(
+            job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError:
+        return None  # a reentrant checkpoint refuses autograd.grad
+    return all(
+        _close(_contracted(job, g, sinks[g.part], weights), e, _tolerance(job))
+        for g, e in zip(goals, expected, strict=True)
+        if e is not None
+    )
+
+
+def _weights(job: Job) -> Tensor:
+    """One random number per sample and row; the same for all samples where they are summed."""
+    generator = torch.Generator().manual_seed(0)
+    n = 1 if job.problem.coupling == "sum" else job.count
+    w = torch.randn(n, job.seeds.width, generator=generator, dtype=torch.float64)
+    return w.expand(job.count, -1).to(job.y.device, job.y.dtype)
+
+
+def _contracted(job: Job, goal: Goal, sink: Sink, weights: Tensor) -> Tensor:
+    """``sum_v w[n,v] J[n,v,...]``, over samples too where all of them share what is derived by."""
+    j = sink.chunk(job.samples).detach()
+    w = weights.to(j.dtype)
+    if goal.target.per_sample and not job.seeds.across:
+        return torch.einsum("nv,nv...->n...", w, j)
+    return torch.einsum("nv,nv...->...", w, j)
+
+
+def _tolerance(job: Job) -> float:
+    dtypes = {m.dtype for step in job.graph.steps for m in step.outputs}
+    return max(_ROOT_EPS.get(d, 1e-3) for d in dtypes)
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    finite = ours.isfinite() & theirs.isfinite()
+    if not finite.any():
+        return True
+    difference = (ours - theirs)[finite].abs().max()
+    scale = theirs[finite].abs().max()
+    return bool(difference <= tolerance * scale + 1e-30)
