@@ -1,2 +1,6 @@
 """Rules for graph nodes; importing this package registers them all."""
-from batchjac.rules import linear as linear, pointwise as pointwise
+
+from batchjac.rules import linear as linear
+from batchjac.rules import parts as parts
+from batchjac.rules import pointwise as pointwise
+from batchjac.rules import shape as shape

@@ -1,0 +1,284 @@
+"""Nodes that take a tensor apart or put tensors together: select, slice, split, cat, pad.
+
+What is taken out of a tensor gives zeros to the rest of it; only the axis concerned is brought to
+its full size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchjac.block import Block
+from batchjac.graph import Edge, Meta, Step
+from batchjac.rules.registry import Blocks, rule
+from batchjac.samples import Place, SampleAxis, moved
+
+
+def _all(step: Step, place: Place) -> list[Place]:
+    return [None if e is None else place for e in step.edges]
+
+
+def _sizes(data: Tensor, dim: int, size: int) -> list[int]:
+    """The sizes of ``data`` with another size along ``dim``."""
+    sizes = list(data.shape)
+    sizes[dim] = size
+    return sizes
+
+
+def _select_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """The axis selected from returns, and those after it move up."""
+    dim = step.saved("dim") % (len(step.shape) + 1)
+    return [moved(at, at.dim + (dim <= at.dim))]
+
+
+@rule("SelectBackward0", samples=_select_samples)
+def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    dim = step.saved("dim") % len(edge.shape)
+    sizes = [*g.data.shape[: dim + 1], edge.shape[dim], *g.data.shape[dim + 1 :]]
+    data = torch.ops.aten.select_backward(g.data, sizes, dim + 1, step.saved("index"))
+    return [Block(data, edge.shape)]
+
+
+def _along_dim(step: Step, at: SampleAxis) -> list[Place]:
+    """Samples stay where they are unless the node cuts their own axis."""
+    (edge,) = step.edges
+    assert edge is not None
+    same = edge.shape == step.shape
+    return [at if same or at.dim != step.saved("dim") % len(step.shape) else None]
+
+
+@rule("SliceBackward0", "NarrowCopyBackward0", samples=_along_dim)
+def cut(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x[a:b:s]``: ``g[v]`` there, zero elsewhere."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    dim = step.saved("dim") % len(edge.shape)
+    start, stop, stride = _bounds(step, edge.shape[dim])
+    if (start, stop, stride) == (0, edge.shape[dim], 1):
+        return [g]
+    data = g.spread(dim)
+    sizes = _sizes(data, dim + 1, edge.shape[dim])
+    return [
+        Block(torch.ops.aten.slice_backward(data, sizes, dim + 1, start, stop, stride), edge.shape)
+    ]
+
+
+def _bounds(step: Step, size: int) -> tuple[int, int, int]:
+    if step.name == "NarrowCopyBackward0":
+        start = step.saved("start")
+        bounds = slice(start, start + step.saved("length"), 1)
+    else:
+        bounds = slice(step.saved("start"), step.saved("end"), step.saved("step"))
+    return bounds.indices(size)
+
+
+def _cat_samples(step: Step, at: SampleAxis) -> list[Place]:
+    along = step.saved("dim") % len(step.shape) == at.dim
+    return _all(step, None if along else at)
+
+
+@rule("CatBackward0", samples=_cat_samples)
+def cat(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = [x_1, x_2, ...]``: the part of ``g[v]`` that came from each."""
+    (g,) = blocks
+    assert g is not None
+    dim = step.saved("dim") % len(g.shape)
+    if g.data.shape[dim + 1] == 1:
+        return [Block(g.data, e.shape) if e and _in_cat(step, e) else None for e in step.edges]
+    found: list[Block | None] = []
+    for edge, start in zip(step.edges, _starts(step, dim), strict=True):
+        if edge is None or start is None:
+            found.append(None)
+        else:
+            data = g.data.narrow(dim + 1, start, edge.shape[dim])
+            found.append(Block(data, edge.shape))
+    return found
+
+
+def _in_cat(step: Step, edge: Edge) -> bool:
+    """``cat`` skips tensors of shape ``[0]`` whatever the others' axes."""
+    return len(edge.shape) == len(step.shape)
+
+
+def _starts(step: Step, dim: int) -> list[int | None]:
+    """Where each tensor begins along ``dim``.
+
+    The node keeps no sizes of the tensors that need no gradient, but hands out parts of whatever
+    it is given: so it is given the positions.
+    """
+    place = torch.arange(step.shape[dim], dtype=torch.float64)
+    shape = [1] * len(step.shape)
+    shape[dim] = -1
+    parts = step.node(place.reshape(shape).expand(step.shape))
+    return [
+        int(part.flatten()[0]) if edge and _in_cat(step, edge) and part.numel() else None
+        for edge, part in zip(step.edges, parts, strict=True)
+    ]
+
+
+def _stack_samples(step: Step, at: SampleAxis) -> list[Place]:
+    dim = step.saved("dim") % len(step.shape)
+    return _all(step, None if at.dim == dim else moved(at, at.dim - (dim < at.dim)))
+
+
+@rule("StackBackward0", samples=_stack_samples)
+def stack(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[k] = x_k``: ``g[v, k]`` for each."""
+    (g,) = blocks
+    assert g is not None
+    dim = step.saved("dim") % len(g.shape)
+    parts = g.spread(dim).unbind(dim + 1)
+    return [
+        None if e is None else Block(part, e.shape)
+        for e, part in zip(step.edges, parts, strict=True)
+    ]
+
+
+def _filled(blocks: Blocks, outputs: Sequence[Meta], dim: int) -> list[Tensor]:
+    """The parts with the same sizes but along ``dim``; zeros where no gradient arrived."""
+    present = [b.spread(dim) for b in blocks if b is not None]
+    common = torch.broadcast_shapes(*(_sizes(p, dim + 1, 1) for p in present))
+    like = present[0]
+    parts = []
+    for block, meta in zip(blocks, outputs, strict=True):
+        sizes = list(common)
+        sizes[dim + 1] = meta.shape[dim]
+        found = like.new_zeros(sizes) if block is None else block.spread(dim)
+        parts.append(found.expand(sizes))
+    return parts
+
+
+@rule(
+    "SplitBackward0", "SplitWithSizesBackward0",
+    "UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0",
+    samples=_along_dim,
+)  # fmt: skip
+def split(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y_1, y_2, ... = x``: ``[g_1[v], g_2[v], ...]``."""
+    (edge,) = step.edges
+    assert edge is not None
+    dim = step.saved("dim") % len(edge.shape)
+    return [Block(torch.cat(_filled(blocks, step.outputs, dim), dim + 1), edge.shape)]
+
+
+@rule("UnbindBackward0", samples=_select_samples)
+def unbind(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y_k = x[k]``: ``[g_1[v], g_2[v], ...]``, stacked."""
+    (edge,) = step.edges
+    assert edge is not None
+    dim = step.saved("dim") % len(edge.shape)
+    shape = (*edge.shape[:dim], 1, *edge.shape[dim + 1 :])
+    apart = [b and b.reshape(shape) for b in blocks]
+    outputs = [replace(meta, shape=shape) for meta in step.outputs]
+    return [Block(torch.cat(_filled(apart, outputs, dim), dim + 1), edge.shape)]
+
+
+def _others(step: Step, rank: int) -> list[int]:
+    """The axes that a diagonal of a tensor of ``rank`` axes leaves alone, in order."""
+    pair = (step.saved("dim1") % rank, step.saved("dim2") % rank)
+    return [d for d in range(rank) if d not in pair]
+
+
+def _diagonal_samples(step: Step, at: SampleAxis) -> list[Place]:
+    others = _others(step, len(step.shape) + 1)
+    return [moved(at, others[at.dim]) if at.dim < len(others) else None]
+
+
+@rule("DiagonalBackward0", samples=_diagonal_samples)
+def diagonal(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[i] = x[i, i + k]``: ``g[v, i]`` there, zero elsewhere."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    rank = len(edge.shape)
+    dims = [step.saved(name) % rank + 1 for name in ("dim1", "dim2")]
+    data = g.spread(-1)
+    sizes = [data.shape[0], *edge.shape]
+    for k, d in enumerate(_others(step, rank)):
+        sizes[d + 1] = data.shape[k + 1]
+    return [
+        Block(
+            torch.ops.aten.diagonal_backward(data, sizes, step.saved("offset"), *dims), edge.shape
+        )
+    ]
+
+
+def _embed_samples(step: Step, at: SampleAxis) -> list[Place]:
+    others = _others(step, len(step.shape))
+    return [moved(at, others.index(at.dim)) if at.dim in others else None]
+
+
+@rule("DiagEmbedBackward0", samples=_embed_samples)
+def diag_embed(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[i, i + k] = x[i]``: ``g[v, i, i + k]``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    dims = [step.saved(name) % len(g.shape) for name in ("dim1", "dim2")]
+    shifted = [d + 1 for d in dims]
+    return [Block(g.spread(*dims).diagonal(step.saved("offset"), *shifted), edge.shape)]
+
+
+def _window_samples(step: Step, at: SampleAxis) -> list[Place]:
+    rank = len(step.shape) - 1
+    cut = (step.saved("dimension") % max(rank, 1), rank)
+    return [None if at.dim in cut else at]
+
+
+@rule("UnfoldBackward0", samples=_window_samples)
+def windows(step: Step, blocks: Blocks) -> Any:
+    """``y[p, k] = x[p s + k]``: ``sum over p s + k = i of g[v, p, k]``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not edge.shape:
+        return NotImplemented
+    dim = step.saved("dimension") % len(edge.shape)
+    data = g.spread(dim, -1)
+    sizes = _sizes(data[..., 0], dim + 1, edge.shape[dim])
+    how = (step.saved("size"), step.saved("step"))
+    return [Block(torch.ops.aten.unfold_backward(data, sizes, dim + 1, *how), edge.shape)]
+
+
+def _pads(step: Step) -> list[tuple[int, int]]:
+    """Before and after each axis; the node keeps them from the last axis on."""
+    pad = step.saved("pad")
+    pairs = [(pad[k], pad[k + 1]) for k in range(0, len(pad), 2)]
+    return [(0, 0)] * (len(step.shape) - len(pairs)) + pairs[::-1]
+
+
+def _pad_samples(step: Step, at: SampleAxis) -> list[Place]:
+    return [at if _pads(step)[at.dim] == (0, 0) else None]
+
+
+@rule("ConstantPadNdBackward0", samples=_pad_samples)
+def constant_pad(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x`` between constants: ``g[v]`` without its margins, zero where ``y`` cropped ``x``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    data = g.data
+    zeros: list[int] = []
+    for d, (before, after) in enumerate(_pads(step)):
+        margin = (max(before, 0), max(after, 0))
+        cropped = (max(-before, 0), max(-after, 0))
+        zeros = [*cropped, *zeros]
+        size = edge.shape[d] - sum(cropped)
+        if data.shape[d + 1] != 1 or any(cropped):
+            data = data.expand(_sizes(data, d + 1, g.shape[d])).narrow(d + 1, margin[0], size)
+    return [Block(F.pad(data, zeros) if any(zeros) else data, edge.shape)]

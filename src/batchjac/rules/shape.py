@@ -1,0 +1,236 @@
+"""Nodes that only rearrange entries: views, permutations, repetition, mirror images.
+
+Each is linear and its own transpose is a rearrangement too, so a repeated axis of a block stays
+of size 1 unless its entries part company.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchjac.block import Block
+from batchjac.graph import Step
+from batchjac.rules.apart import each_sample
+from batchjac.rules.registry import Blocks, elementwise, rule
+from batchjac.samples import SHARED, Place, SampleAxis, moved, reshaped
+
+
+def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
+    """The same entries in the same order: the axis is where the volume before it says."""
+    (edge,) = step.edges
+    assert edge is not None
+    return [reshaped(at, step.shape, edge.shape)]
+
+
+@rule(
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
+    "SqueezeBackward3", "SqueezeBackward4", "SqueezeBackward5", "UnsqueezeBackward1",
+    samples=_reshaped,
+)  # fmt: skip
+def view(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """The same entries in row-major order: ``g[v, ...]`` in the shape of the input."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    return [g.reshape(edge.shape)]
+
+
+def _expand_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
+    """``g[v,n]`` summed over the other copies."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    return [each_sample(g, at, edge.shape)]
+
+
+@rule("ExpandBackward0", samples=elementwise, per_sample=_expand_alone)
+def expand(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[r,i] = x[i]``: ``sum_r g[v,r,i]``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    return [g.sum_to(edge.shape)]
+
+
+def permutation(step: Step) -> list[int]:
+    """``order`` with ``y.shape[k] == x.shape[order[k]]`` for a node that permutes axes."""
+    order = list(range(len(step.shape)))
+    if step.name.startswith("Permute"):
+        return [d % len(order) for d in step.saved("dims")]
+    dims = (0, -1) if step.name.startswith("TB") else (step.saved("dim0"), step.saved("dim1"))
+    if order:  # t() and transpose(0, 0) also take tensors without axes
+        a, b = dims
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _permuted(step: Step, at: SampleAxis) -> list[Place]:
+    return [moved(at, permutation(step)[at.dim])]
+
+
+@rule(
+    "PermuteBackward0", "TransposeBackward0", "TBackward0", "TransposeBackward1", "TBackward1",
+    samples=_permuted,
+)  # fmt: skip
+def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[order] = x``: the block's axes put back, without a copy."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    order = permutation(step)
+    back = [order.index(d) + 1 for d in range(len(order))]
+    return [Block(g.data.permute(0, *back), edge.shape)]
+
+
+def _repeated(step: Step, at: SampleAxis) -> list[Place]:
+    """Along an axis of ``r`` copies the copies are outermost."""
+    (edge,) = step.edges
+    assert edge is not None
+    dim = at.dim - (len(step.shape) - len(edge.shape))
+    copies = step.saved("repeats")[at.dim]
+    if dim < 0 or (edge.shape[dim] == 1 and copies != 1):
+        return [SHARED]
+    if at.outer % copies:
+        return [None]
+    return [replace(at, dim=dim, outer=at.outer // copies)]
+
+
+def _repeat_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
+    """``g[v,n]`` summed over the other copies; the samples are among the copies."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    pairs, single = _copies(g, step.saved("repeats"), edge.shape)
+    return [each_sample(pairs, moved(at, 2 * at.dim), single).reshape(edge.shape)]
+
+
+@rule("RepeatBackward0", samples=_repeated, per_sample=_repeat_alone)
+def repeat(step: Step, blocks: Blocks) -> Any:
+    """``y[r,i] = x[i]`` with ``r`` and ``i`` on one axis: ``sum_r g[v,r,i]``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if 0 in step.saved("repeats"):
+        return NotImplemented
+    pairs, single = _copies(g, step.saved("repeats"), edge.shape)
+    return [pairs.sum_to(single).reshape(edge.shape)]
+
+
+def _copies(g: Block, repeats: Sequence[int], shape: Sequence[int]) -> tuple[Block, Sequence[int]]:
+    """``g`` with its axes cut in two, copies and entries, and the shape of a single copy."""
+    sizes = (*(1,) * (len(repeats) - len(shape)), *shape)
+    pairs = g.reshape([n for pair in zip(repeats, sizes, strict=True) for n in pair])
+    return pairs, [n for size in sizes for n in (1, size)]
+
+
+def _still(step: Step, at: SampleAxis) -> list[Place]:
+    """Axes that are mirrored or rolled move their samples; the others stay."""
+    dims = step.saved("dims") or range(len(step.shape))
+    still = at.dim not in [d % len(step.shape) for d in dims]
+    return [at if still else None]
+
+
+@rule("FlipBackward0", samples=_still)
+def flip(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[i] = x[I-1-i]``: ``g[v, I-1-i]``."""
+    (g,) = blocks
+    assert g is not None
+    dims = [d % len(g.shape) + 1 for d in step.saved("dims")]
+    changed = [d for d in dims if g.data.shape[d] != 1]
+    return [g.with_data(g.data.flip(changed)) if changed else g]
+
+
+@rule("RollBackward0", samples=_still)
+def roll(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[i] = x[i - s]``: ``g[v, i + s]``, on the listed axes or on all as one."""
+    (g,) = blocks
+    assert g is not None
+    back = [-s for s in step.saved("shifts")]
+    if not step.saved("dims"):
+        flat = g.reshape((math.prod(g.shape),))
+        return [flat.with_data(flat.data.roll(back, [1])).reshape(g.shape)]
+    dims = [d % len(g.shape) + 1 for d in step.saved("dims")]
+    return [g.with_data(g.data.roll(back, dims))]
+
+
+def _but_last(count: int) -> Callable[[Step, SampleAxis], list[Place]]:
+    """Samples stay where they are unless among the last ``count`` axes."""
+
+    def samples(step: Step, at: SampleAxis) -> list[Place]:
+        return [at if at.dim < len(step.shape) - count else None]
+
+    return samples
+
+
+def _last(step: Step, g: Block | None, count: int, adjoint: Callable[[Tensor], Tensor]) -> Block:
+    """A map of the last ``count`` axes, with these at their full size."""
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    return Block(adjoint(g.spread(*range(-count, 0))), edge.shape)
+
+
+@rule("PixelShuffleBackward0", samples=_but_last(3))
+def pixel_shuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[c, h r + a, w r + b] = x[(c,a,b), h, w]``: ``g`` unshuffled."""
+    factor = step.saved("upscale_factor")
+    return [_last(step, blocks[0], 3, lambda g: F.pixel_unshuffle(g, factor))]
+
+
+@rule("PixelUnshuffleBackward0", samples=_but_last(3))
+def pixel_unshuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[(c,a,b), h, w] = x[c, h r + a, w r + b]``: ``g`` shuffled."""
+    factor = step.saved("downscale_factor")
+    return [_last(step, blocks[0], 3, lambda g: F.pixel_shuffle(g, factor))]
+
+
+def _channels(step: Step, at: SampleAxis) -> list[Place]:
+    return [at if at.dim != 1 else None]
+
+
+@rule("ChannelShuffleBackward0", samples=_channels)
+def channel_shuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[n, (c,a)] = x[n, (a,c)]``: the two parts of the channel axis swapped back."""
+    (g,) = blocks
+    assert g is not None
+    if g.data.shape[2] == 1:
+        return [g]
+    groups = step.saved("groups")
+    parts = g.data.unflatten(2, (-1, groups)).transpose(2, 3)
+    return [g.with_data(parts.flatten(2, 3))]
+
+
+@rule("TrilBackward0", "TriuBackward0", samples=_but_last(2))
+def triangle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x`` on one side of a diagonal, 0 on the other: the same of ``g``."""
+    keep = torch.tril if step.name.startswith("Tril") else torch.triu
+    diagonal = step.saved("diagonal")
+    return [_last(step, blocks[0], 2, lambda g: keep(g, diagonal))]
+
+
+@rule("ViewAsComplexBackward0", samples=lambda step, at: [at])
+def view_as_complex(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x[..., 0] + i x[..., 1]``: the real and the imaginary part of ``g``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    return [Block(torch.view_as_real(g.data.resolve_conj()), edge.shape)]
+
+
+@rule("ViewAsRealBackward0", samples=_but_last(1))
+def view_as_real(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[..., 0], y[..., 1] = Re x, Im x``: ``g[..., 0] + i g[..., 1]``."""
+    return [_last(step, blocks[0], 1, lambda g: torch.view_as_complex(g.contiguous()))]
