@@ -1,0 +1,36 @@
+"""Gradients of what all samples share, one per sample instead of their sum.
+
+A tensor that was broadcast over the samples gets the sum of its rows over them. Here the sample
+axis joins the rows, ``[V, ..., N, ...]`` to ``[V*N, ..., 1, ...]``, before anything is summed.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.samples import SampleAxis
+
+
+def count(shape: Sequence[int], at: SampleAxis) -> int:
+    """The number of samples along ``at`` in a tensor of this shape."""
+    return shape[at.dim] // (at.outer * at.inner)
+
+
+def split(data: Tensor, shape: Sequence[int], at: SampleAxis, dim: int) -> Tensor:
+    """Axis ``dim`` of ``data`` as three axes, ``outer, N, inner``; each 1 where it is repeated."""
+    whole = data.shape[dim] == shape[at.dim]
+    sizes = (at.outer, count(shape, at), at.inner) if whole else (1, 1, 1)
+    return data.reshape(*data.shape[:dim], *sizes, *data.shape[dim + 1 :])
+
+
+def each_sample(block: Block, at: SampleAxis, shape: Sequence[int]) -> Block:
+    """Rows ``[V*N, *shape]``: the block summed to ``shape``, for every sample by itself."""
+    samples = count(block.shape, at)
+    parts = split(block.data, block.shape, at, at.dim + 1)
+    data = parts.movedim(at.dim + 2, 1).flatten(at.dim + 2, at.dim + 3)  # [V, N or 1, *rest]
+    rest = (*block.shape[: at.dim], at.outer * at.inner, *block.shape[at.dim + 1 :])
+    summed = Block(data.flatten(0, 1), rest).sum_to(shape)
+    rows = summed.data.unflatten(0, (block.rows, data.shape[1]))
+    rows = rows.expand(-1, samples, *(-1,) * len(shape)).flatten(0, 1)
+    return Block(rows, summed.shape)
