@@ -88,6 +88,8 @@ def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None
         if gradients is not NotImplemented:
             kernels.ways.setdefault(step.name, "rule")
             return gradients
+    # a step that stands for something else than its node ("...:frozen") must have a rule
+    assert step.name == step.node.name(), f"{step.name} has no rule"
     if kernels.ways.get(step.name) != "rows":
         try:
             gradients = fallback.call(step, blocks, "vmap")
