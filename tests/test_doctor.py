@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 
 from batchjac import doctor
 from batchjac.api import jacobian
+from batchjac.rules import registry
 
 MODELS = [name for name, _, _ in doctor.models()]
 
 
-def page(engine: doctor.Engine | None = None) -> tuple[int, str]:
+def page(engine: doctor.Engine = jacobian) -> tuple[int, str]:
     lines: list[str] = []
     code = doctor.run(lines.append, engine)
     return code, "\n".join(lines)
@@ -60,7 +63,7 @@ def test_a_wrong_engine_fails_on_every_model(engine: doctor.Engine, note: str):
     code, text = page(engine)
     assert code == 1
     assert text.count("FAIL") == len(MODELS)
-    assert "do not trust" in text
+    assert "not to be trusted" in text
 
 
 def test_one_wrong_model_is_enough_to_fail():
@@ -70,16 +73,45 @@ def test_one_wrong_model_is_enough_to_fail():
 
     code, text = page(wrong_for_recurrence)
     assert code == 1
-    assert f"1 of {len(MODELS)} models differ" in text
+    assert f"1 of {len(MODELS)} models fail" in text
     assert text.count("FAIL") == 1
     assert text.count("PASS") == len(MODELS) - 1
 
 
-def test_a_broken_installation_is_a_diagnosis_not_a_traceback(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "batchjac.api", None)
+def test_a_wrong_rule_fails_although_autograd_saves_the_answer(monkeypatch: pytest.MonkeyPatch):
+    right = registry._RULES["AddmmBackward0"]
+
+    def doubled(step, blocks):
+        out = right.reverse(step, blocks)
+        return [b and dataclasses.replace(b, data=2 * b.data) for b in out]
+
+    wrong = dataclasses.replace(right, reverse=doubled)
+    monkeypatch.setitem(registry._RULES, "AddmmBackward0", wrong)
+    mlp = doctor.self_check()[0]
+    assert mlp.model == "MLP"
+    assert mlp.difference <= doctor.TOLERANCE
+    assert not mlp.passed
+    assert any("disagree" in remark for remark in mlp.remarks)
     code, text = page()
     assert code == 1
-    assert "could not start: ModuleNotFoundError" in text
+    assert "disagree" in text
+
+
+def test_what_the_engine_logs_is_printed_and_the_logger_left_alone(
+    caplog: pytest.LogCaptureFixture,
+):
+    log = logging.getLogger("batchjac")
+    before = (log.level, log.propagate, list(log.handlers))
+
+    def talkative(model: nn.Module, x: Tensor) -> Tensor:
+        log.info("took the long way")
+        return jacobian(model, x)
+
+    code, text = page(talkative)
+    assert code == 0
+    assert text.count("took the long way") == len(MODELS)
+    assert (log.level, log.propagate, list(log.handlers)) == before
+    assert "took the long way" not in caplog.text
 
 
 def test_versions_name_what_is_installed_and_how_to_get_what_is_not(
@@ -141,8 +173,6 @@ def test_the_machine_is_described():
 
 
 def test_rules_are_counted_and_named_missing_where_there_are_none(monkeypatch: pytest.MonkeyPatch):
-    from batchjac.rules import registry
-
     counted = doctor._rules()
     assert counted.present
     assert counted.detail.startswith(f"{len(registry.names())} ")
