@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batchjac.errors import BatchAxisError, InputError, InputTypeError
 
 from . import rowloop
-from .registry import LAWS, case
+from .registry import LAWS, NOT_ITS_SLOPE, case
 
 GROUP = "callables and callers"
 
@@ -113,7 +113,7 @@ def inputs_are_inference_tensors() -> Any:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), x
 
 
-@case("no_grad_decorator_of_the_function", group=GROUP)
+@case("no_grad_decorator_of_the_function", group=GROUP, without=NOT_ITS_SLOPE)
 def no_grad_decorator_of_the_function() -> Any:
     """The function hides everything from autograd: its derivative is zero, and that is said."""
     net = nn.Linear(3, 2)
