@@ -128,8 +128,13 @@ def by_rows(step: Step, blocks: Blocks) -> list[Tensor | None]:
     return arrived(step, fallback.call(bare, blocks, "rows"))
 
 
-def same(got: Sequence[Tensor | None], want: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-    """Equal to rounding, nan where nan is; ``None`` counts as zero."""
+def same(
+    got: Sequence[Tensor | None],
+    want: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    least: float = 1e-30,
+) -> None:
+    """Equal to rounding of the largest entry, nan where nan is; ``None`` counts as zero."""
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         if a is None or b is None:
             rest = b if a is None else a
@@ -139,7 +144,7 @@ def same(got: Sequence[Tensor | None], want: Sequence[Tensor | None], dtype: tor
         scale = float(finite.max()) if finite.numel() else 1.0
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(
-            a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-30), equal_nan=True,
+            a, b, rtol=tolerance, atol=tolerance * max(scale, least), equal_nan=True,
             msg=lambda m, k=k: f"edge {k}: {m}",
         )  # fmt: skip
 

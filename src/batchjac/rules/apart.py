@@ -4,11 +4,14 @@ A tensor that was broadcast over the samples gets the sum of its rows over them.
 axis joins the rows, ``[V, ..., N, ...]`` to ``[V*N, ..., 1, ...]``, before anything is summed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from batchjac.block import Block
+from batchjac.graph import Step
+from batchjac.rules.registry import Blocks, Reverse, elementwise, rule
 from batchjac.samples import SampleAxis
 
 
@@ -34,3 +37,24 @@ def each_sample(block: Block, at: SampleAxis, shape: Sequence[int]) -> Block:
     rows = summed.data.unflatten(0, (block.rows, data.shape[1]))
     rows = rows.expand(-1, samples, *(-1,) * len(shape)).flatten(0, 1)
     return Block(rows, summed.shape)
+
+
+def entrywise(*names: str) -> Callable[[Reverse], Reverse]:
+    """Register a rule of nodes whose edges were broadcast to their output, entry by entry.
+
+    It gives for each edge a block of the output's shape, from which each sample's sum follows.
+    """
+
+    def register(reverse: Reverse) -> Reverse:
+        def per_sample(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
+            found = reverse(step, blocks)
+            if found is NotImplemented:
+                return NotImplemented
+            return [
+                None if b is None or e is None else each_sample(b, at, e.shape)
+                for b, e in zip(found, step.edges, strict=True)
+            ]
+
+        return rule(*names, samples=elementwise, per_sample=per_sample)(reverse)
+
+    return register

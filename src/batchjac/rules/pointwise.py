@@ -2,49 +2,263 @@
 
 For ``y = f(x)`` entry by entry the cotangent is ``g f'(x)``. The node called once on ones *is*
 ``f'(x)``, in autograd's own formula, with its own history when the walk is differentiable. So one
-rule serves every such function; a function that *selects* (ReLU, clamp) must give 0, not
-``inf * 0``, where it lets nothing through.
+rule serves every such function. A function that *selects* (ReLU, clamp, where) gives 0, not
+``inf * 0``, where it lets nothing through; those are further down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
+from batchjac.rules.apart import entrywise
 from batchjac.rules.registry import Blocks, elementwise, rule
+from batchjac.samples import Place, SampleAxis
 
 SMOOTH = (
-    "TanhBackward0", "SigmoidBackward0", "ExpBackward0", "Expm1Backward0", "LogBackward0",
-    "Log1PBackward0", "Log2Backward0", "Log10Backward0", "SinBackward0", "CosBackward0",
-    "TanBackward0", "AsinBackward0", "AcosBackward0", "AtanBackward0", "SinhBackward0",
-    "CoshBackward0", "AsinhBackward0", "AcoshBackward0", "AtanhBackward0", "SqrtBackward0",
-    "RsqrtBackward0", "ReciprocalBackward0", "ErfBackward0", "ErfcBackward0", "ErfinvBackward0",
-    "GeluBackward0", "SiluBackward0", "MishBackward0", "SoftplusBackward0",
-    "LogSigmoidBackward0", "PowBackward0", "LgammaBackward0", "DigammaBackward0", "SincBackward0",
-    "AbsBackward0", "SgnBackward0", "Exp2Backward0", "SpecialNdtriBackward0", "LogitBackward0",
-    "LogitBackward1",
+    # one argument
+    "AbsBackward0", "AcosBackward0", "AcoshBackward0", "AngleBackward0", "AsinBackward0",
+    "AsinhBackward0", "AtanBackward0", "AtanhBackward0", "CeluBackward0", "CeluBackward1",
+    "CosBackward0", "CoshBackward0", "Deg2RadBackward0", "DigammaBackward0", "EluBackward0",
+    "EluBackward1", "ErfBackward0", "ErfcBackward0", "ErfinvBackward0", "Exp2Backward0",
+    "ExpBackward0", "Expm1Backward0", "GeluBackward0", "I0Backward0", "LeakyReluBackward0",
+    "LeakyReluBackward1", "LgammaBackward0", "Log10Backward0", "Log1PBackward0", "Log2Backward0",
+    "LogBackward0", "LogSigmoidBackward0", "LogitBackward0", "MishBackward0",
+    "NanToNumBackward0", "NativeDropoutBackward0", "PowBackward0", "Rad2DegBackward0",
+    "ReciprocalBackward0", "RreluWithNoiseBackward0", "RreluWithNoiseBackward1", "RsqrtBackward0",
+    "SigmoidBackward0", "SiluBackward0", "SinBackward0", "SincBackward0", "SinhBackward0",
+    "SoftplusBackward0", "SpecialEntrBackward0", "SpecialErfcxBackward0", "SpecialI0EBackward0",
+    "SpecialI1Backward0", "SpecialI1EBackward0", "SpecialLogNdtrBackward0",
+    "SpecialNdtriBackward0", "SqrtBackward0", "TanBackward0", "TanhBackward0",
+    # two or three
+    "AddcdivBackward0", "Atan2Backward0", "CopysignBackward0", "CopysignBackward1",
+    "FmodBackward1", "HypotBackward0", "LerpBackward1", "Logaddexp2Backward0",
+    "LogaddexpBackward0", "RemainderBackward1",
+    # losses that keep their entries
+    "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0",
+    "MseLossBackward0", "SmoothL1LossBackward0", "SoftMarginLossBackward0",
+)  # fmt: skip
+
+FLAT = (
+    "BernoulliBackward0", "CeilBackward0", "DivBackward2", "DivBackward3", "FloorBackward0",
+    "PoissonBackward0", "RoundBackward0", "RoundBackward1", "SgnBackward0", "SignBackward0",
+    "TruncBackward0",
 )  # fmt: skip
 
 
 def derivative(step: Step) -> list[Tensor | None]:
     """The node on a cotangent of ones: the derivative toward each edge, without rows."""
     meta = step.outputs[0]
-    result = step.node(torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    result = step.node(ones, *(None,) * (len(step.outputs) - 1))
     return list(result) if isinstance(result, tuple) else [result]
+
+
+def only(blocks: Blocks) -> Block:
+    """The block of a node's first output, the only one that can have cotangents."""
+    block = blocks[0]
+    assert block is not None
+    return block
+
+
+def wide(tensor: Tensor, dims: int) -> Tensor:
+    """A tensor that is broadcast to ``dims`` axes, with a row axis of size 1 before them.
+
+    One without axes stays so: torch promotes dtypes differently for those.
+    """
+    if tensor.dim() == 0:
+        return tensor
+    return tensor.reshape((1,) * (1 + dims - tensor.dim()) + tuple(tensor.shape))
 
 
 def times(block: Block, factor: Tensor) -> Block:
     """``g[v, ...] * factor[...]``, the factor broadcast to the block's shape."""
-    lead = (1,) * (len(block.shape) - factor.dim())
-    return Block(block.data * factor.reshape(1, *lead, *factor.shape), block.shape)
+    return block.with_data(block.data * wide(factor, len(block.shape)))
 
 
-@rule(*SMOOTH, samples=elementwise)
-def smooth(step: Step, blocks: Blocks) -> Sequence[Block | None]:
-    """``g f'(x)`` for a function of one argument."""
-    (g,) = blocks
-    assert g is not None
+def keep(block: Block, mask: Tensor) -> Block:
+    """The block where ``mask`` holds and 0 elsewhere, also where the block is inf or nan.
+
+    ``threshold_backward`` does that at the speed of a product; ``where`` takes three times as long.
+    """
+    mask = wide(mask, len(block.shape))
+    data = block.data
+    if not data.is_floating_point():
+        return block.with_data(torch.where(mask, data, data.new_zeros(())))
+    return block.with_data(torch.ops.aten.threshold_backward(data, mask.to(data.dtype), 0))
+
+
+def zero(block: Block) -> Block:
+    """No change anywhere: rows of zeros, repeated along all axes."""
+    return block.with_data(block.data.new_zeros((block.rows,) + (1,) * len(block.shape)))
+
+
+def real_within_complex(step: Step) -> bool:
+    """Whether a real edge meets complex rows: the node then drops what multiplies the imaginary."""
+    real = any(e is not None and not e.meta.dtype.is_complex for e in step.edges)
+    return step.outputs[0].dtype.is_complex and real
+
+
+@entrywise(*SMOOTH)
+def smooth(step: Step, blocks: Blocks) -> Any:
+    """``g[v n] f_k'(x)[n]`` toward each argument ``k`` of a function of entries."""
+    g = only(blocks)
+    if real_within_complex(step) or (step.has("reduction") and step.saved("reduction") != 0):
+        return NotImplemented
+    return [
+        None if e is None or d is None else times(g, d)
+        for e, d in zip(step.edges, derivative(step), strict=True)
+    ]
+
+
+@entrywise(*FLAT)
+def flat(step: Step, blocks: Blocks) -> Any:
+    """``y`` is constant in pieces: 0. (The sign of a complex number is not.)"""
+    g = only(blocks)
+    rounds = not step.has("rounding_mode") or step.saved("rounding_mode") is not None
+    if g.data.is_complex() or not rounds:
+        return NotImplemented
+    return [None if e is None else zero(g) for e in step.edges]
+
+
+aten = torch.ops.aten
+
+# Each takes the cotangent, the input or result, and the saved scalars named after it.
+GATES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "HardshrinkBackward0": (aten.hardshrink_backward, ("self", "lambd")),
+    "HardswishBackward0": (aten.hardswish_backward, ("self",)),
+    "HardtanhBackward0": (aten.hardtanh_backward, ("self", "min_val", "max_val")),
+    "SoftshrinkBackward0": (aten.softshrink_backward, ("self", "lambd")),
+    "ThresholdBackward0": (aten.threshold_backward, ("self", "threshold")),
+    "ThresholdBackward1": (aten.threshold_backward, ("self", "threshold")),
+}
+
+
+@rule("ReluBackward0", samples=elementwise)
+def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` where ``y[n] > 0``, else 0."""
+    g = only(blocks)
+    y = wide(step.saved("result"), len(g.shape))
+    return [g.with_data(aten.threshold_backward(g.data, y, 0))]
+
+
+@rule(*GATES, samples=elementwise)
+def gate(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n] f'(x)[n]`` inside the open region, 0 outside it."""
+    g = only(blocks)
+    backward, (name, *scalars) = GATES[step.name]
+    x = wide(step.saved(name), len(g.shape))
+    return [g.with_data(backward(g.data, x, *map(step.saved, scalars)))]
+
+
+@rule("HardsigmoidBackward0", samples=elementwise)
+def hardsigmoid(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n] / 6`` where ``-3 < x[n] < 3``, else 0; torch's own kernel has no derivative."""
+    g = only(blocks)
+    x = step.saved("self")
+    return [keep(g.with_data(g.data / 6), (x > -3) & (x < 3))]
+
+
+def _clamped(step: Step) -> list[Tensor | None]:
+    """Where the cotangent goes: to the input, to the lower bound, to the upper."""
+    x = step.saved("self")
+    low = step.saved("min") if step.has("min") else None
+    high = step.saved("max") if step.has("max") else None
+    if low is None:
+        return [x <= high, None, x > high]
+    if high is None:
+        return [x >= low, x < low, None]
+    crossed = torch.as_tensor(high < low)
+    return [(x >= low) & (x <= high), (x < low) & (low < high), (x > high) | crossed]
+
+
+@entrywise(
+    "ClampBackward0",
+    "ClampBackward1",
+    "ClampMaxBackward0",
+    "ClampMaxBackward1",
+    "ClampMinBackward0",
+    "ClampMinBackward1",
+)
+def clamp(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` toward the input within its bounds, ends included, else toward the bound."""
+    g = only(blocks)
+    masks = _clamped(step)
+    if step.name == "ClampMaxBackward1":
+        masks = [masks[0], masks[2]]
+    return [
+        None if e is None or m is None else keep(g, m)
+        for e, m in zip(step.edges, masks, strict=False)
+    ]
+
+
+@entrywise("WhereBackward0")
+def where(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` toward the argument that was taken, 0 toward the other."""
+    g = only(blocks)
+    a, b = step.edges
+    taken = step.saved("condition")
+    return [None if a is None else keep(g, taken), None if b is None else keep(g, ~taken)]
+
+
+@entrywise("MaskedFillBackward0", "MaskedFillBackward1")
+def masked_fill(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` toward the input outside the mask, toward the value inside it."""
+    g = only(blocks)
+    mask = step.saved("mask")
+    return [None if e is None else keep(g, mask if k else ~mask) for k, e in enumerate(step.edges)]
+
+
+@entrywise("MaximumBackward0", "MinimumBackward0")
+def extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` toward the winner, ``g/2`` toward each at a tie; a nan loses to nobody."""
+    g = only(blocks)
+    a, b = step.saved("self"), step.saved("other")
+    halved = times(g, torch.where(a == b, 0.5, 1.0).to(g.data.dtype))
+    lost = (a < b, a > b) if step.name == "MaximumBackward0" else (a > b, a < b)
+    return [None if e is None else keep(halved, ~m) for e, m in zip(step.edges, lost, strict=True)]
+
+
+@entrywise("FmaxBackward0", "FminBackward0")
+def first_extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n]`` toward the winner, the first at a tie; a nan loses to any number."""
+    g = only(blocks)
+    a, b = step.saved("self"), step.saved("other")
+    first = ((a >= b) if step.name == "FmaxBackward0" else (a <= b)) | b.isnan()
+    return [
+        None if e is None else keep(g, m) for e, m in zip(step.edges, (first, ~first), strict=True)
+    ]
+
+
+@entrywise("PreluKernelBackward0")
+def prelu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g[v n] (1 or w)`` toward the input; toward ``w``, ``g[v n] x[n]`` where ``x <= 0``."""
+    g = only(blocks)
+    x, w = step.saved("self"), step.saved("weight")
+    toward_x, toward_w = step.edges
+    open_ = x > 0
+    return [
+        None if toward_x is None else times(g, torch.where(open_, torch.ones_like(w), w)),
+        None if toward_w is None else keep(times(g, x), ~open_),
+    ]
+
+
+def _glu_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """The halved axis mixes entries; the others stay."""
+    return [None if at.dim == step.saved("dim") % len(step.shape) else at]
+
+
+@rule("GluBackward0", samples=_glu_samples)
+def glu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = a s(b)``, halves of one tensor: ``g s(b)`` and ``g a s'(b)`` side by side."""
+    g = only(blocks)
+    (edge,) = step.edges
+    assert edge is not None
+    dim = step.saved("dim") % len(step.shape)
     (d,) = derivative(step)
-    return [None if d is None else times(g, d)]
+    assert d is not None
+    data = torch.cat([g.data * half for half in d.unsqueeze(0).chunk(2, dim + 1)], dim + 1)
+    return [Block(data, edge.shape)]
