@@ -1,5 +1,6 @@
 """Rules for graph nodes; importing this package registers them all."""
 
+from batchjac.rules import conv as conv
 from batchjac.rules import linear as linear
 from batchjac.rules import parts as parts
 from batchjac.rules import pointwise as pointwise

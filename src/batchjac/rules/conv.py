@@ -1,0 +1,155 @@
+"""Convolution of one to three dimensions: strided, dilated, grouped, transposed.
+
+Written for one dimension, with ``o`` and ``c`` the channels of one group::
+
+    y[n,o,p] = b[o] + sum_{c,k} x[n, c, p s + k d - pad] w[o,c,k]        plain
+    y[n,o, p s + k d - pad]  <-  x[n,c,p] w[c,o,k], summed; + b[o]       transposed
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchjac.block import Block
+from batchjac.graph import Edge, Step
+from batchjac.rules.apart import each_sample, split
+from batchjac.rules.registry import Blocks, rule
+from batchjac.samples import SHARED, Place, SampleAxis
+
+# On a CPU oneDNN fills the input channels up to 8, and what most Jacobians end with is a grey or
+# colour image. Measured on torch 2.13, one thread, 640 rows of 6 x 28 x 28 toward 1 x 32 x 32 and
+# 3 x 32 x 32: 53 ms and 60 ms, against 9 and 12 by a matrix product and col2im.
+FEW_CHANNELS = 3
+
+
+def _samples(step: Step, at: SampleAxis) -> list[Place]:
+    """Images stay apart; channels too, where whole groups belong to one sample."""
+    places: tuple[Place, Place, Place] = (None, None, None)
+    if at.dim == 0:
+        places = (at, SHARED, SHARED)
+    elif at.dim == 1:
+        groups = step.saved("groups")
+        wide, narrow = step.shape[1] // groups, step.saved("input").shape[1] // groups
+        if at.inner % wide == 0:
+            before = SampleAxis(1, at.outer, at.inner // wide * narrow)
+            after = SampleAxis(0, at.outer, at.inner)
+            weight = SampleAxis(0, at.outer, before.inner) if step.saved("transposed") else after
+            places = (before, weight, after)
+    return [None if e is None else p for e, p in zip(step.edges, places, strict=True)]
+
+
+def _alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
+    """``g[v,n,o,p] x[n,c,p+k]`` summed over ``p`` and not over ``n``."""
+    (g,) = blocks
+    assert g is not None
+    _, weight, bias = step.edges
+    return [
+        None,
+        None if weight is None else Block(_toward_weight(step, g, at), weight.shape),
+        None if bias is None else _toward_bias(g, at, bias),
+    ]
+
+
+@rule("ConvolutionBackward0", samples=_samples, per_sample=_alone)
+def convolution(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """Toward x: ``g`` convolved back with ``w``, rows and images as one batch.
+
+    Toward w: ``sum_{n,p} g[v,n,o,p] x[n,c,p+k]``. Toward b: ``sum_{n,p} g[v,n,o,p]``.
+    """
+    (g,) = blocks
+    assert g is not None
+    x, weight, bias = step.edges
+    one = SampleAxis(0, outer=g.shape[0])  # all images taken for those of a single sample
+    return [
+        None if x is None else _toward_input(step, g, x),
+        None if weight is None else Block(_toward_weight(step, g, one), weight.shape),
+        None if bias is None else _toward_bias(g, one, bias),
+    ]
+
+
+def _toward_input(step: Step, g: Block, edge: Edge) -> Block:
+    """``sum_{o,k} g[v,n,o,q] w[o,c,k]`` over ``q s + k d - pad = p``.
+
+    What a batch shares is pushed once, and an axis that the kernel does not move along keeps its
+    size 1. The input itself is not read; the kernels ask only for its shape.
+    """
+    weight = step.saved("weight")
+    kept = [d for d in range(2, len(g.shape)) if g.data.shape[d + 1] == 1 and _still(step, d - 2)]
+    data = g.spread(*(d for d in range(1, len(g.shape)) if d not in kept))
+    sizes = [1 if d in kept else size for d, size in enumerate(edge.shape)]
+    sizes[0] = data.shape[0] * data.shape[1]
+    flat = data.reshape(sizes[0], *data.shape[2:])
+    like = flat.new_zeros(1).expand(sizes)
+    stride, padding = list(step.saved("stride")), list(step.saved("padding"))
+    only_input = [True, False, False]
+    if _few_channels(step, flat, weight):
+        found, *_ = torch.ops.aten._slow_conv2d_backward.output_mask(
+            flat, like, weight, list(weight.shape[2:]), stride, padding, only_input
+        )
+    else:
+        found, *_ = torch.ops.aten.convolution_backward(
+            flat, like, weight, None, stride, padding, step.saved("dilation"),
+            step.saved("transposed"), step.saved("output_padding"), step.saved("groups"),
+            only_input,
+        )  # fmt: skip
+    return Block(found.unflatten(0, data.shape[:2]), edge.shape)
+
+
+def _still(step: Step, axis: int) -> bool:
+    """The kernel is a single entry along this axis: what is the same all along stays so."""
+    pointwise = step.saved("weight").shape[axis + 2] == 1
+    return bool(pointwise and step.saved("stride")[axis] == 1 and step.saved("padding")[axis] == 0)
+
+
+def _few_channels(step: Step, g: Tensor, weight: Tensor) -> bool:
+    return (
+        g.device.type == "cpu"
+        and g.dtype in (torch.float32, torch.float64)
+        and weight.dim() == 4
+        and weight.shape[1] <= FEW_CHANNELS
+        and step.saved("groups") == 1
+        and tuple(step.saved("dilation")) == (1, 1)
+        and not step.saved("transposed")
+    )
+
+
+def _toward_bias(g: Block, at: SampleAxis, edge: Edge) -> Block:
+    """``sum_p g[v,n,o,p]``."""
+    column = (*edge.shape, *(1 for _ in g.shape[2:]))
+    return each_sample(g, at, column).reshape(edge.shape)
+
+
+def _toward_weight(step: Step, g: Block, at: SampleAxis) -> Tensor:
+    """Rows ``(v n)``: ``sum_p g[v,n,o,p] x[n, c, p s + k d - pad]``; transposed, x and g change.
+
+    The letters ``a`` and ``b`` are what the sample axis holds outside and inside the samples.
+    """
+    x, groups = step.saved("input"), step.saved("groups")
+    out = split(g.spread(1), g.shape, at, 1).unflatten(4, (groups, -1))  # v a n b g o P
+    image = split(x, g.shape, at, 0).unflatten(3, (groups, -1))  # a n b g c S
+    places, taps = "pqr"[: x.dim() - 2], "ijk"[: x.dim() - 2]
+    if step.saved("transposed"):
+        moving = _windows(step, g.spread(*range(1, len(g.shape))), x.shape[2:])
+        moving = split(moving, g.shape, at, 1).unflatten(4, (groups, -1))
+        sentence = f"anbgc{places},vanbgo{places}{taps}->vngco{taps}"
+        found = torch.einsum(sentence, image, moving)
+    else:
+        moving = split(_windows(step, x, g.shape[2:]), g.shape, at, 0).unflatten(3, (groups, -1))
+        sentence = f"vanbgo{places},anbgc{places}{taps}->vngoc{taps}"
+        found = torch.einsum(sentence, out, moving)
+    return found.flatten(2, 3).flatten(0, 1)
+
+
+def _windows(step: Step, data: Tensor, count: Sequence[int]) -> Tensor:
+    """``data[..., p s + k d - pad]`` as axes ``[..., *p, *k]``, a view of the padded data."""
+    padding = step.saved("padding")
+    kernel = step.saved("weight").shape[2:]
+    first = data.dim() - len(kernel)
+    data = F.pad(data, [p for p in reversed(padding) for _ in range(2)])
+    for axis, size in enumerate(kernel):
+        stride, dilation = step.saved("stride")[axis], step.saved("dilation")[axis]
+        data = data.unfold(first + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        data = data.narrow(first + axis, 0, count[axis])
+    return data
