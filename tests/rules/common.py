@@ -278,11 +278,8 @@ def check_second(case: Case) -> None:
         want = by_rows(step, blocks)
         same(found, want, case.dtypes[0])
         weights = [None if w is None else torch.randn_like(w) for w in want]
-        same(
-            _derivatives(found, weights, leaves),
-            _derivatives(want, weights, leaves),
-            case.dtypes[0],
-        )
+        first, second = (_derivatives(results, weights, leaves) for results in (found, want))
+        same(first, second, case.dtypes[0], least=1.0)  # of order one; some cancel to rounding
 
 
 def _derivatives(

@@ -158,8 +158,10 @@ def gate(step: Step, blocks: Blocks) -> Sequence[Block | None]:
 def hardsigmoid(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n] / 6`` where ``-3 < x[n] < 3``, else 0; torch's own kernel has no derivative."""
     g = only(blocks)
-    x = step.saved("self")
-    return [keep(g.with_data(g.data / 6), (x > -3) & (x < 3))]
+    with torch.no_grad():
+        (slope,) = derivative(step)  # torch rounds its sixth to float32
+    assert slope is not None
+    return [keep(times(g, slope), slope != 0)]
 
 
 def _clamped(step: Step) -> list[Tensor | None]:
