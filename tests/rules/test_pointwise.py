@@ -89,8 +89,6 @@ SMOOTH = [
     unary("MishBackward0", F.mish),
     unary("NanToNumBackward0", torch.nan_to_num, make=odd, special=True),
     unary("NativeDropoutBackward0", lambda x: torch.native_dropout(x, 0.5, True)[0], special=True),
-    unary("PowBackward0", lambda x: x**3, dtypes=(*ALL, C128)),
-    unary("PowBackward0", lambda x: x**0, note="zero"),
     unary("Rad2DegBackward0", torch.rad2deg),
     unary("ReciprocalBackward0", torch.reciprocal, make=above),
     unary("RreluWithNoiseBackward0", partial(F.rrelu, training=True)),

@@ -15,6 +15,7 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample, split
+from batchjac.rules.pointwise import scaled
 from batchjac.rules.registry import Blocks, rule
 from batchjac.samples import SHARED, Place, SampleAxis, broadcast
 
@@ -41,11 +42,6 @@ PRODUCTS = {
     "BaddbmmBackward0": Product("bnk", "bko", "bno", ("batch1", "batch2"), added=True),
     "AddbmmBackward0": Product("bnk", "bko", "no", ("batch1", "batch2"), added=True),
 }
-
-
-def scaled(block: Block, factor: complex) -> Block:
-    """``g conj(factor)``; untouched where the factor is 1."""
-    return block if factor == 1 else block.with_data(block.data * factor.conjugate())
 
 
 @dataclass(frozen=True)

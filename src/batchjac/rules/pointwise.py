@@ -27,7 +27,7 @@ SMOOTH = (
     "ExpBackward0", "Expm1Backward0", "GeluBackward0", "I0Backward0", "LeakyReluBackward0",
     "LeakyReluBackward1", "LgammaBackward0", "Log10Backward0", "Log1PBackward0", "Log2Backward0",
     "LogBackward0", "LogSigmoidBackward0", "LogitBackward0", "MishBackward0",
-    "NanToNumBackward0", "NativeDropoutBackward0", "PowBackward0", "Rad2DegBackward0",
+    "NanToNumBackward0", "NativeDropoutBackward0", "Rad2DegBackward0",
     "ReciprocalBackward0", "RreluWithNoiseBackward0", "RreluWithNoiseBackward1", "RsqrtBackward0",
     "SigmoidBackward0", "SiluBackward0", "SinBackward0", "SincBackward0", "SinhBackward0",
     "SoftplusBackward0", "SpecialEntrBackward0", "SpecialErfcxBackward0", "SpecialI0EBackward0",
@@ -77,6 +77,11 @@ def wide(tensor: Tensor, dims: int) -> Tensor:
 def times(block: Block, factor: Tensor) -> Block:
     """``g[v, ...] * factor[...]``, the factor broadcast to the block's shape."""
     return block.with_data(block.data * wide(factor, len(block.shape)))
+
+
+def scaled(block: Block, factor: complex) -> Block:
+    """``g conj(factor)``; untouched where the factor is 1."""
+    return block if factor == 1 else block.with_data(block.data * factor.conjugate())
 
 
 def keep(block: Block, mask: Tensor) -> Block:
