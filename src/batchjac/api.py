@@ -21,7 +21,68 @@ def jacobian(
     out: Any = None,
     batched: bool = True,
 ) -> Any:
-    """The derivative of every output of every sample with respect to that sample's own input."""
+    """The derivative of every output of every sample by that sample's own input.
+
+    Args:
+        f: A module, or any callable on a batch. A tuple of inputs is called as ``f(*x)``, a dict
+            as ``f(**x)``, anything else as ``f(x)``.
+        inputs: A tensor ``[N, *in]``, or nested tuples, lists, dicts and dataclasses of them, each
+            with the batch axis first. Integer and boolean tensors are passed on; they have no
+            derivative and their place in the answer is ``None``.
+        of: The dotted name of an inner layer, whose output is then differentiated instead of
+            the function's own.
+        wrt: With respect to what: ``"inputs"`` (default); the dotted name of a layer (its
+            output) or of a parameter; ``"parameters"`` (all); or a list of these, all from one
+            walk, which gives a dict by name.
+        outputs: Which outputs, along axis 1 of ``[N, classes, ...]``: an int (the axis goes), a
+            list or slice (the axis stays), a ``LongTensor[N]`` or ``"argmax"`` (one per sample).
+        mode: ``"auto"`` or ``"reverse"``.
+        coupling: What to do when the output of one sample depends on another sample, as with
+            batch normalisation in training: ``"error"``; ``"frozen"``, batch statistics held
+            constant; ``"sum"``, the derivative of the sum over samples; ``"full"``,
+            ``[N, *out, N, *in]``.
+        create_graph: Make the answer differentiable by inputs and parameters.
+        max_memory: Bytes, or text such as ``"2GiB"``, that the call may take on top of what is
+            there, the result included; default: half of what is free. Samples, then rows, are
+            taken in chunks that keep it. Random layers draw anew for each chunk of samples.
+        out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to.
+        batched: ``False`` when ``f`` takes one sample, without the batch axis.
+
+    Returns:
+        ``[N, *out, *in]`` for one output and one input; otherwise outputs nested over inputs, as
+        they came. For a layer ``[N, *out, *layer]``, for a parameter ``[N, *out, *p]``. The
+        result is signed and raw. What an output does not depend on has a Jacobian of zeros, and
+        the log (``logging.getLogger("batchjac")``) says so.
+
+    Raises:
+        InputError: An argument has a value that cannot be used, or the batch is empty.
+        InputTypeError: An argument of the wrong kind; complex, sparse or nested tensors.
+        BatchAxisError: An input or output has no batch axis, or another batch size.
+        SelectionError: ``outputs`` is out of range.
+        NameNotFoundError: ``of`` or ``wrt`` names nothing in the module.
+        OutError: ``out`` cannot take the result.
+        CouplingError: Samples depend on each other; names the module and the remedy.
+        BudgetError: ``max_memory`` does not hold one row of one sample; says what would.
+        StateError: The function writes into its parameters, or a named layer runs never or twice.
+
+    Cost:
+        One forward for each chunk of samples, and one walk over its graph with all rows,
+        ``V = prod(out)`` of them: at most the work of ``V`` backward passes without weight
+        gradients. The first time a function's graph is seen, one backward more, to compare.
+        Peak bytes: result + samples x (saved activations + rows x widest two blocks).
+
+    Source:
+        Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, section 3.2: vector reverse
+        mode; the sum over samples: every row holds one cotangent for all samples at once, since
+        the gradient of sample n's output by sample m's input is zero.
+
+    Example:
+        >>> import torch, batchjac
+        >>> model = torch.nn.Linear(3, 2)
+        >>> J = batchjac.jacobian(model, torch.randn(5, 3))
+        >>> J.shape, torch.equal(J[0], model.weight)
+        (torch.Size([5, 2, 3]), True)
+    """
     return value_and_jacobian(
         f, inputs, of=of, wrt=wrt, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, max_memory=max_memory, out=out, batched=batched,
@@ -42,7 +103,21 @@ def value_and_jacobian(
     out: Any = None,
     batched: bool = True,
 ) -> tuple[Any, Any]:
-    """The function's value, and the Jacobian as ``jacobian`` gives it, from the same forward."""
+    """The function's value and the derivative of every output by its sample's own input.
+
+    Arguments, errors, cost and source are those of ``jacobian``; the value comes from the same
+    forward.
+
+    Returns:
+        ``(y, J)``: ``y`` is what ``f(inputs)`` (or the layer named by ``of``) returns, detached
+        unless ``create_graph``; ``J`` is what ``jacobian`` returns.
+
+    Example:
+        >>> import torch, batchjac
+        >>> y, J = batchjac.value_and_jacobian(torch.sin, torch.zeros(4, 2))
+        >>> y.shape, J.shape, J[0].tolist()
+        (torch.Size([4, 2]), torch.Size([4, 2, 2]), [[1.0, 0.0], [0.0, 1.0]])
+    """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched,
