@@ -17,6 +17,7 @@ from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
 from batchjac.rules.registry import Blocks, elementwise, rule
+from batchjac.rules.spatial import but_last
 from batchjac.samples import SHARED, Place, SampleAxis, moved, reshaped
 
 
@@ -165,15 +166,6 @@ def roll(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.with_data(g.data.roll(back, dims))]
 
 
-def _but_last(count: int) -> Callable[[Step, SampleAxis], list[Place]]:
-    """Samples stay where they are unless among the last ``count`` axes."""
-
-    def samples(step: Step, at: SampleAxis) -> list[Place]:
-        return [at if at.dim < len(step.shape) - count else None]
-
-    return samples
-
-
 def _last(step: Step, g: Block | None, count: int, adjoint: Callable[[Tensor], Tensor]) -> Block:
     """A map of the last ``count`` axes, with these at their full size."""
     (edge,) = step.edges
@@ -182,14 +174,14 @@ def _last(step: Step, g: Block | None, count: int, adjoint: Callable[[Tensor], T
     return Block(adjoint(g.spread(*range(-count, 0))), edge.shape)
 
 
-@rule("PixelShuffleBackward0", samples=_but_last(3))
+@rule("PixelShuffleBackward0", samples=but_last(3))
 def pixel_shuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[c, h r + a, w r + b] = x[(c,a,b), h, w]``: ``g`` unshuffled."""
     factor = step.saved("upscale_factor")
     return [_last(step, blocks[0], 3, lambda g: F.pixel_unshuffle(g, factor))]
 
 
-@rule("PixelUnshuffleBackward0", samples=_but_last(3))
+@rule("PixelUnshuffleBackward0", samples=but_last(3))
 def pixel_unshuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[(c,a,b), h, w] = x[c, h r + a, w r + b]``: ``g`` shuffled."""
     factor = step.saved("downscale_factor")
@@ -212,7 +204,7 @@ def channel_shuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.with_data(parts.flatten(2, 3))]
 
 
-@rule("TrilBackward0", "TriuBackward0", samples=_but_last(2))
+@rule("TrilBackward0", "TriuBackward0", samples=but_last(2))
 def triangle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x`` on one side of a diagonal, 0 on the other: the same of ``g``."""
     keep = torch.tril if step.name.startswith("Tril") else torch.triu
@@ -230,7 +222,7 @@ def view_as_complex(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [Block(torch.view_as_real(g.data.resolve_conj()), edge.shape)]
 
 
-@rule("ViewAsRealBackward0", samples=_but_last(1))
+@rule("ViewAsRealBackward0", samples=but_last(1))
 def view_as_real(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[..., 0], y[..., 1] = Re x, Im x``: ``g[..., 0] + i g[..., 1]``."""
     return [_last(step, blocks[0], 1, lambda g: torch.view_as_complex(g.contiguous()))]
