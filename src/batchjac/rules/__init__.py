@@ -6,5 +6,7 @@ from batchjac.rules import linear as linear
 from batchjac.rules import parts as parts
 from batchjac.rules import pointwise as pointwise
 from batchjac.rules import pool as pool
+from batchjac.rules import reduce as reduce
 from batchjac.rules import shape as shape
+from batchjac.rules import softmax as softmax
 from batchjac.rules import spatial as spatial

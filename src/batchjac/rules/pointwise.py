@@ -49,11 +49,11 @@ FLAT = (
 )  # fmt: skip
 
 
-def derivative(step: Step) -> list[Tensor | None]:
-    """The node on a cotangent of ones: the derivative toward each edge, without rows."""
-    meta = step.outputs[0]
+def derivative(step: Step, output: int = 0) -> list[Tensor | None]:
+    """The node on ones for one of its outputs: the derivative toward each edge, without rows."""
+    meta = step.outputs[output]
     ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-    result = step.node(ones, *(None,) * (len(step.outputs) - 1))
+    result = step.node(*(ones if k == output else None for k in range(len(step.outputs))))
     return list(result) if isinstance(result, tuple) else [result]
 
 

@@ -1,0 +1,164 @@
+"""Nodes that fold axes together: sums, means, norms, extrema.
+
+The cotangent of a folded axis is the same all along it, so the axis comes back with size 1. A sum
+is done then; the others multiply by their derivative, the node called once on ones, or keep the
+entries that were chosen.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.graph import Step
+from batchjac.rules.pointwise import derivative, keep, only, real_within_complex, times, zero
+from batchjac.rules.registry import Blocks, rule
+from batchjac.samples import Place, SampleAxis, moved
+
+WEIGHTED = (
+    "AmaxBackward0", "AminBackward0", "AminmaxBackward0", "LinalgVectorNormBackward0",
+    "LogsumexpBackward0", "NansumBackward0", "NormBackward0", "NormBackward1", "NormBackward2",
+    "NormBackward3", "ProdBackward0", "ProdBackward1", "StdBackward0", "StdMeanBackward0",
+    "VarBackward0", "VarMeanBackward0",
+)  # fmt: skip
+
+
+def folded(step: Step) -> tuple[int, ...]:
+    """The axes of the input that were folded, all of them unless the node saved which."""
+    (edge,) = step.edges
+    assert edge is not None
+    count = len(edge.shape)
+    dim = step.saved("dim") if step.has("dim") else None
+    if dim is None or dim == ():
+        return tuple(range(count))
+    dims = (dim,) if isinstance(dim, int) else dim
+    return tuple(sorted({d % count for d in dims})) if count else ()
+
+
+def kept(step: Step) -> list[int]:
+    """For each axis of the output, the axis of the input that it was."""
+    (edge,) = step.edges
+    assert edge is not None
+    dims = folded(step)
+    every = range(len(edge.shape))
+    return [d for d in every if d not in dims or (step.has("keepdim") and step.saved("keepdim"))]
+
+
+def reduced_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """The axes that were not folded stay, in their order."""
+    dim = kept(step)[at.dim]
+    return [None if dim in folded(step) else moved(at, dim)]
+
+
+def restored(step: Step, g: Block) -> Block:
+    """The block with the folded axes back, each of size 1."""
+    (edge,) = step.edges
+    assert edge is not None
+    sizes = dict(zip(kept(step), g.data.shape[1:], strict=True))
+    data = g.data.reshape(g.rows, *(sizes.get(d, 1) for d in range(len(edge.shape))))
+    return Block(data, edge.shape)
+
+
+@rule("SumBackward0", "SumBackward1", samples=reduced_samples)
+def summed(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[n] = sum_k x[n,k]``: ``g[v n]`` for every ``k``."""
+    return [restored(step, only(blocks))]
+
+
+@rule("MeanBackward0", "MeanBackward1", samples=reduced_samples)
+def mean(step: Step, blocks: Blocks) -> Any:
+    """``y[n] = sum_k x[n,k] / K``: ``g[v n] / K`` for every ``k``."""
+    g = restored(step, only(blocks))
+    terms = math.prod(g.shape[d] for d in folded(step))
+    return [g.with_data(g.data / terms)] if terms else NotImplemented
+
+
+@rule(*WEIGHTED, samples=reduced_samples)
+def weighted(step: Step, blocks: Blocks) -> Any:
+    """``y_j[n] = f_j(x[n,:])``: ``sum_j g_j[v n] f_j'(x)[n,k]``."""
+    if real_within_complex(step):
+        return NotImplemented
+    total = None
+    for j, g in enumerate(blocks):
+        if g is None:
+            continue
+        if step.name.startswith("Std") and j == 0:  # std has no slope where nothing varies
+            g = keep(g, step.saved("result" if step.has("result") else "result0") != 0)
+        (weight,) = derivative(step, j)
+        part = restored(step, g)
+        part = zero(part) if weight is None else times(part, weight)
+        total = part if total is None else total.plus(part)
+    return [total]
+
+
+@rule(
+    "MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0",
+    samples=reduced_samples,
+)  # fmt: skip
+def chosen_of_all(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = max x``: ``g[v]`` in equal parts toward the entries that attain it, 0 elsewhere."""
+    (weight,) = derivative(step)
+    assert weight is not None
+    return [keep(times(restored(step, only(blocks)), weight), weight != 0)]
+
+
+@rule(
+    "KthvalueBackward0", "MaxBackward0", "MedianBackward1", "MinBackward0", "ModeBackward0",
+    "NanmedianBackward1",
+    samples=reduced_samples,
+)  # fmt: skip
+def chosen(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[n] = x[n,k(n)]``: ``g[v n]`` at ``k(n)``, 0 elsewhere."""
+    g = restored(step, only(blocks))
+    return [keep(g, _attained(step, g.shape))]
+
+
+def _attained(step: Step, shape: Sequence[int]) -> Tensor:
+    """Where in the input the chosen entries are."""
+    index = step.saved("indices")
+    if not shape:
+        return torch.ones((), dtype=torch.bool, device=index.device)
+    (dim,) = folded(step)
+    if not step.saved("keepdim"):
+        index = index.unsqueeze(dim)
+    return torch.zeros(shape, dtype=torch.bool, device=index.device).scatter(dim, index, True)
+
+
+def _along(step: Step, at: SampleAxis) -> list[Place]:
+    """A node that works along one axis, ``dim``, keeps the others apart."""
+    size = len(step.shape)
+    return [at if size and at.dim != step.saved("dim") % size else None]
+
+
+@rule("CumsumBackward0", samples=_along)
+def cumulated(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[n,k] = sum_{j<=k} x[n,j]``: ``sum_{j>=k} g[v n j]``."""
+    g = only(blocks)
+    (edge,) = step.edges
+    assert edge is not None
+    if not g.shape:
+        return [g]
+    dim = step.saved("dim") % len(g.shape)
+    data = g.to(edge.meta.dtype).spread(dim).flip(dim + 1).cumsum(dim + 1).flip(dim + 1)
+    return [g.with_data(data)]
+
+
+@rule("CummaxBackward0", "CumminBackward0", samples=_along)
+def cumulated_extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[n,k] = x[n,i(n,k)]``: the sum of ``g[v n k]`` over the ``k`` that took ``i``."""
+    g = only(blocks)
+    if not g.shape:
+        return [g]
+    dim = step.saved("dim") % len(g.shape) + 1
+    rows = g.full()
+    index = step.saved("indices").expand(rows.shape)
+    return [g.with_data(torch.zeros_like(rows).scatter_add(dim, index, rows))]
+
+
+@rule("CumprodBackward0", "LogcumsumexpBackward0", samples=_along)
+def left_to_the_node(step: Step, blocks: Blocks) -> Any:
+    """Every entry depends on all before it: the node's own formula, row by row."""
+    return NotImplemented
