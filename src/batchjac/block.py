@@ -94,7 +94,9 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups = []
     i = j = 0
     while i < len(old) or j < len(new):
-        left, right, a, b = [], [], 1, 1
+        left: list[int] = []
+        right: list[int] = []
+        a = b = 1
         while True:
             if a <= b and i < len(old) and (a < b or not left):
                 left.append(i)

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +35,16 @@ class Capture:
 
     ``values`` is the nested output; ``outputs`` maps the index of each differentiable leaf to its
     tensor. ``targets`` nests the answer: one tree per wanted name, ``None`` for leaves without a
-    derivative.
+    derivative. ``inputs`` are the recorded inputs, also when only parameters are asked for: they
+    witness whether samples depend on each other. ``hooked``: the function hooked a gradient.
     """
 
     samples: int
     values: Tree
     outputs: dict[int, Tensor]
     targets: dict[str, Tree]
+    inputs: tuple[GradientEdge, ...]
+    hooked: bool
     keep: tuple[Any, ...] = field(repr=False)  # graph edges do not keep leaf nodes alive
 
 
@@ -51,6 +54,7 @@ class _Seen:
 
     of: list[Any] = field(default_factory=list)
     layers: dict[str, list[Tree]] = field(default_factory=dict)
+    hooked: bool = False
 
 
 def capture(problem: Problem, samples: slice) -> Capture:
@@ -69,7 +73,7 @@ def capture(problem: Problem, samples: slice) -> Capture:
         parameters = {n: normal(p) for n, p in problem.parameters.items()}
         shared = {n: edge_of(p) for n, p in parameters.items()}
         inputs = _targets(problem.tree, leaves, edges)
-        with _hooks(problem, seen):
+        with _hooks(problem, seen), _noticed(seen):
             result = problem.call(leaves)
     if problem.of is not None:
         result = _once(seen.of, "of", problem.of)
@@ -88,7 +92,10 @@ def capture(problem: Problem, samples: slice) -> Capture:
             targets[wanted.name] = Tree((goal,), ("",), lambda leaves: leaves[0])
     values = flatten(result)
     outputs = _outputs(values, count)
-    return Capture(count, values, outputs, targets, (bases, leaves, result))
+    witnesses = tuple(edge for edge in edges if edge is not None)
+    hooked = seen.hooked or _module_hooks(problem.module) or _hooked(parameters.values())
+    keep = (bases, leaves, result)
+    return Capture(count, values, outputs, targets, witnesses, hooked, keep)
 
 
 def _base(problem: Problem, leaf: Any, samples: slice) -> Any:
@@ -100,7 +107,8 @@ def _base(problem: Problem, leaf: Any, samples: slice) -> Any:
         part = part[samples]
     if not differentiable(leaf):
         return part
-    wanted = any(w.kind == "inputs" for w in problem.wanted)
+    # layers alone: the graph begins there, and what comes before costs no memory
+    wanted = any(w.kind != "layer" for w in problem.wanted)
     if problem.create_graph and part.requires_grad:
         return part
     return part.detach().requires_grad_(wanted)
@@ -153,6 +161,34 @@ def _hooks(problem: Problem, seen: _Seen) -> Iterator[None]:
             handle = layer(problem, name).register_forward_hook(_record(seen.layers[name]))
             stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def _noticed(seen: _Seen) -> Iterator[None]:
+    """Notice a gradient hook put on a tensor in the forward; nodes do not show theirs."""
+    original = Tensor.register_hook
+
+    def register_hook(self: Tensor, hook: Any) -> Any:
+        seen.hooked = True
+        return original(self, hook)  # type: ignore[no-untyped-call]
+
+    Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.register_hook = original  # type: ignore[method-assign]
+
+
+def _module_hooks(module: nn.Module | None) -> bool:
+    """Whether any layer has a full backward hook, which may change a gradient."""
+    return module is not None and any(
+        m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+    )
+
+
+def _hooked(parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter that is asked for carries a hook of its own."""
+    return any(p._backward_hooks for p in parameters)
 
 
 def _record(calls: list[Tree]) -> Callable[[nn.Module, Any, Any], Any]:

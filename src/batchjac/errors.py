@@ -15,6 +15,8 @@
 An exception raised by the user's own function is not wrapped: it arrives as it was thrown.
 """
 
+import torch
+
 
 class BatchjacError(Exception):
     """The base of every error on this page."""
@@ -61,3 +63,10 @@ class StateError(BatchjacError, RuntimeError):
 
 class UnsupportedError(BatchjacError, NotImplementedError):
     """A documented name whose work is not built yet; the message says what to use instead."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

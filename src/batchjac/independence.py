@@ -68,8 +68,7 @@ def _claims(step: Step, at: Place) -> Sequence[Place]:
 
 def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
     return any(
-        e is not None and not isinstance(c, SampleAxis)
-        for e, c in zip(edges, claims, strict=True)
+        e is not None and not isinstance(c, SampleAxis) for e, c in zip(edges, claims, strict=True)
     )
 
 
@@ -82,18 +81,21 @@ def leaks(
     masks = _splits(n, thorough)
     generator = torch.Generator().manual_seed(n)  # its own: the user's random state stays
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
-    lead = masks.reshape(*masks.shape, *(1,) * (y.dim() - 1)).to(y.device, y.dtype)
-    seeds = {(y.grad_fn, y.output_nr): Block(lead * noise, tuple(y.shape))}
-    found = walk(graph, seeds, kernels)
-    for slot in targets:
-        if slot in found:
-            data = found[slot].full()
-            if data.shape[1] != n:
-                return True
-            others = data[~masks.to(data.device)]
-            if (others.nan_to_num(0, 1, 1) != 0).any():
-                return True
+    for mask in masks:  # one row at a time: a probe must not need more memory than the walk
+        lead = mask.reshape(-1, *(1,) * (y.dim() - 1)).to(y.device, y.dtype)
+        seeds = {(y.grad_fn, y.output_nr): Block((lead * noise).unsqueeze(0), tuple(y.shape))}
+        found = walk(graph, seeds, kernels)
+        if any(_reaches(found[slot], ~mask) for slot in targets if slot in found):
+            return True
     return False
+
+
+def _reaches(block: Block, others: Tensor) -> bool:
+    """Whether the gradient of any of these samples is not zero."""
+    data = block.full()[0]
+    if len(data) != len(others):
+        return True
+    return bool((data[others.to(data.device)].nan_to_num(0, 1, 1) != 0).any())
 
 
 def _splits(n: int, thorough: bool) -> Tensor:

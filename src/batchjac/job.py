@@ -80,10 +80,19 @@ class Job:
 
     def pruned(self, goals: tuple[Goal, ...]) -> Graph:
         """The graph from ``y`` to these goals."""
-        graph = prune([self.root[0]] if self.root else [], [g.slot for g in goals])
+        return self.towards([g.slot for g in goals])
+
+    def towards(self, slots: list[Slot]) -> Graph:
+        """The graph from ``y`` to these slots."""
+        graph = prune([self.root[0]] if self.root else [], slots)
         if self.problem.coupling == "frozen" and graph.steps:
             return frozen(graph, prove(graph, self.y))
         return graph
+
+    def witnesses(self, captured: Capture) -> list[Slot]:
+        """Where other samples would show: what has samples among the goals, else the inputs."""
+        own = [g.slot for g in self.goals if g.target.per_sample]
+        return own or [(edge.node, edge.output_nr) for edge in captured.inputs]
 
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""

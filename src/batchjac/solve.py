@@ -13,8 +13,15 @@ from batchjac import memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture
 from batchjac.engines.sweep import Kernels
-from batchjac.errors import BudgetError, CouplingError, InputError, OutError
-from batchjac.independence import leaks
+from batchjac.errors import (
+    BudgetError,
+    CouplingError,
+    InputError,
+    OutError,
+    is_out_of_memory,
+)
+from batchjac.graph import Graph
+from batchjac.independence import Proof, leaks, prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.locate import modules
 from batchjac.memory import Chunk
@@ -69,7 +76,8 @@ class _Run:
     skeleton: Capture | None = None
     chunk: Chunk = Chunk(0, 0)
     left: int = 0  # bytes beside the result
-    by_engine: bool = False  # the walk and autograd disagreed: rows go through the engine
+    by_engine: bool = False  # rows go one at a time through autograd, hooks and all
+    checked: bool = False  # a chunk of at least two samples was looked at
 
     @property
     def whole(self) -> bool:
@@ -85,7 +93,7 @@ class _Run:
             try:
                 done = self._part(slice(start, stop))
             except Exception as error:
-                if not memory.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 done = False
                 self.chunk = _halved(self.chunk, stop - start, error, self.whole)
@@ -110,6 +118,9 @@ class _Run:
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
         captured = capture(self.problem, samples)
+        if captured.hooked and not self.by_engine:
+            log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
+            self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
         first = not self.sinks
         if first:
@@ -121,9 +132,7 @@ class _Run:
             rows = max(job.seeds.rows for job in work)
             best = memory.chunk(known, captured.samples, rows, self.left, self.whole)
             if first:
-                self.chunk = memory.chunk(
-                    known, self.problem.samples, rows, self.left, self.whole
-                )
+                self.chunk = memory.chunk(known, self.problem.samples, rows, self.left, self.whole)
             if best.samples < captured.samples:
                 self.chunk = best
                 return False
@@ -177,12 +186,21 @@ class _Run:
             return
         if self.problem.samples == 1 or job.root is None:
             return
-        targets = [g.slot for g in job.goals if g.target.per_sample]
-        if job.proof.holds(targets):
+        if captured.samples == 1 and not self.checked:
+            pair = slice(0, 2)  # one sample alone shows nothing
+            again = capture(self.problem, pair)
+            for other in jobs(self.problem, again, pair, self.kernels):
+                self._check(other, again)
+            return
+        self.checked = True
+        targets = job.witnesses(captured)
+        graph = job.towards(targets)
+        proof = prove(graph, job.y)
+        if captured.samples == 1 or proof.holds(targets):
             return
         thorough = not verify.trusted(job)
-        if captured.samples > 1 and leaks(job.graph, job.y, targets, self.kernels, thorough):
-            raise CouplingError(_coupled(self.problem, captured, job))
+        if leaks(graph, job.y, targets, self.kernels, thorough):
+            raise CouplingError(_coupled(self.problem, captured, graph, proof))
 
     def _fill(self, job: Job, rows: int) -> None:
         if job.unreached() and not self.values:
@@ -240,7 +258,7 @@ def _without_graph(captured: Capture) -> Capture:
     }
     values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
     outputs = {k: torch.empty(0) for k in captured.outputs}
-    return Capture(captured.samples, values, outputs, targets, ())
+    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, ())
 
 
 def _shape(problem: Problem, job: Job, goal: Goal) -> tuple[int, ...]:
@@ -265,9 +283,9 @@ def _halved(chunk: Chunk, samples: int, error: Exception, whole: bool) -> Chunk:
     ) from error
 
 
-def _coupled(problem: Problem, captured: Capture, job: Job) -> str:
+def _coupled(problem: Problem, captured: Capture, graph: Graph, proof: Proof) -> str:
     """The error's text: which modules, and what to do."""
-    suspects = modules(problem, captured, job.graph, job.proof.suspects[:3])
+    suspects = modules(problem, captured, graph, proof.suspects[:3])
     places = ", ".join(suspects) or "an operation without a rule"
     return (
         f"outputs of one sample depend on other samples, by way of {places}: a per-sample Jacobian "

@@ -134,9 +134,7 @@ def _frozen_statistics(active: bool) -> Iterator[None]:
 class _FrozenStatistics(TorchFunctionMode):
     """``F.batch_norm`` in training, written out with its batch statistics held constant."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.nn.functional.batch_norm:
             return func(*args, **kwargs)

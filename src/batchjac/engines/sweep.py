@@ -12,6 +12,7 @@ import torch
 
 from batchjac.block import Block
 from batchjac.engines import fallback
+from batchjac.errors import is_out_of_memory
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
 from batchjac.samples import SHARED, Place, SampleAxis
@@ -26,14 +27,23 @@ class NotPerSample(Exception):
 
 @dataclass
 class Kernels:
-    """How each node was computed: ``rule``, ``vmap`` or ``rows``; filled by the first walk."""
+    """How each kind of node was computed: ``rule``, ``vmap`` or ``rows``; walks fill it.
+
+    A kind that needed several ways shows the slowest. ``refused`` are the kinds vmap cannot do.
+    """
 
     ways: dict[str, str] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def slow(self) -> dict[str, str]:
         """The nodes without a rule and the way they took."""
         return {name: way for name, way in self.ways.items() if way != "rule"}
+
+    def took(self, name: str, way: str) -> None:
+        """Note a node's way."""
+        order = ("rule", "vmap", "rows")
+        self.ways[name] = max(self.ways.get(name, "rule"), way, key=order.index)
 
 
 def walk(
@@ -82,26 +92,27 @@ def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None
     if rule is not None and places is not None:
         crossing = _crossing(step, places)
         if crossing is not None:
+            kernels.took(step.name, "rule")
             return _per_sample(step, blocks, rule, crossing, places)
-    if rule is not None and kernels.ways.get(step.name, "rule") == "rule":
+    if rule is not None:
         gradients: Blocks = rule.reverse(step, blocks)
         if gradients is not NotImplemented:
-            kernels.ways.setdefault(step.name, "rule")
+            kernels.took(step.name, "rule")
             return gradients
     # a step that stands for something else than its node ("...:frozen") must have a rule
     assert step.name == step.node.name(), f"{step.name} has no rule"
-    if kernels.ways.get(step.name) != "rows":
+    if step.name not in kernels.refused:
         try:
             gradients = fallback.call(step, blocks, "vmap")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever vmap refuses, the plain call decides
-            pass
+        except Exception as error:  # whatever vmap refuses, the plain call decides
+            if is_out_of_memory(error):
+                raise
+            kernels.refused.add(step.name)
         else:
-            kernels.ways[step.name] = "vmap"
+            kernels.took(step.name, "vmap")
             return gradients
     gradients = fallback.call(step, blocks, "rows")
-    kernels.ways[step.name] = "rows"
+    kernels.took(step.name, "rows")
     return gradients
 
 
@@ -117,9 +128,7 @@ def _per_sample(
 ) -> Blocks:
     """Edges that all samples share get one gradient per sample, the others the usual one."""
     assert rule.per_sample is not None  # ``per_sample_ready`` has looked
-    shared = [
-        e is not None and places.get((e.node, e.slot)) is SHARED for e in step.edges
-    ]
+    shared = [e is not None and places.get((e.node, e.slot)) is SHARED for e in step.edges]
     inner = replace(step, edges=_only(step, [not s for s in shared]))
     outer = replace(step, edges=_only(step, shared))
     batched: Blocks = [None] * len(step.edges)

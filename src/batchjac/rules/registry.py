@@ -72,15 +72,17 @@ def names() -> list[str]:
 def elementwise(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a node whose every edge is broadcast to its output, entry by entry."""
     shape = step.outputs[0].shape
-    return [e and broadcast(at, shape, e.shape) for e in step.edges]
+    return [None if e is None else broadcast(at, shape, e.shape) for e in step.edges]
 
 
 def unchanged(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a node whose edges have the axes of its output."""
-    return [e and at for e in step.edges]
+    return [None if e is None else at for e in step.edges]
 
 
 def whole_first(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a layer: first edge batched along axis 0, the others its parameters."""
     first: Place = at if at.dim == 0 else None
-    return [e and (first if k == 0 else SHARED) for k, e in enumerate(step.edges)]
+    return [
+        None if e is None else first if k == 0 else SHARED for k, e in enumerate(step.edges)
+    ]
