@@ -132,7 +132,7 @@ def same(
     got: Sequence[Tensor | None],
     want: Sequence[Tensor | None],
     dtype: torch.dtype,
-    least: float = 0.1,  # cotangents are of order one, and a sum of them may cancel to rounding
+    least: float = 0.5,  # cotangents are of order one, and a sum of them may cancel to rounding
 ) -> None:
     """Equal to rounding of the largest entry, nan where nan is; ``None`` counts as zero."""
     for k, (a, b) in enumerate(zip(got, want, strict=True)):

@@ -3,6 +3,7 @@
 from batchjac.rules import arithmetic as arithmetic
 from batchjac.rules import conv as conv
 from batchjac.rules import linear as linear
+from batchjac.rules import norm as norm
 from batchjac.rules import parts as parts
 from batchjac.rules import pointwise as pointwise
 from batchjac.rules import pool as pool
