@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/first.py
+	$(BIN)/python -m benchmarks.first
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.conformance
