@@ -1,4 +1,4 @@
-"""The shape of an answer: outputs over what they are differentiated by, as the caller nested them."""
+"""The shape of an answer: outputs nested over what they are differentiated by."""
 
 from collections.abc import Callable
 from typing import Any

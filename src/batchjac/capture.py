@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
 from batchjac.problem import Problem, check_boundary, differentiable, layer
-from batchjac.state import normal
+from batchjac.state import at_first_call, normal
 from batchjac.tree import Tree, flatten
 
 
@@ -57,15 +57,34 @@ class _Seen:
     hooked: bool = False
 
 
-def capture(problem: Problem, samples: slice) -> Capture:
+@contextlib.contextmanager
+def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
     """One forward of ``problem.function`` on ``samples``, recorded.
 
     Parameters that are not asked for record nothing (unless ``create_graph``), so their inputs
-    are not kept and no slow path computes weight gradients on the way.
+    are not kept and no slow path computes weight gradients on the way. Hooks and flags stay for
+    the block: a checkpoint runs parts of the function again.
     """
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), _eager()):
+            stack.enter_context(context)
+        try:
+            captured = _capture(problem, samples, stack, freeze=not problem.create_graph)
+        except RuntimeError as error:
+            # a function that takes gradients by its own parameters needs them to record
+            if problem.create_graph or "require grad" not in str(error):
+                raise
+            captured = _capture(problem, samples, stack, freeze=False)
+        yield captured
+
+
+def _capture(
+    problem: Problem, samples: slice, stack: contextlib.ExitStack, freeze: bool
+) -> Capture:
     seen = _Seen(layers={w.name: [] for w in problem.wanted if w.kind == "layer"})
     count = len(range(*samples.indices(problem.samples)))
-    with torch.inference_mode(False), torch.enable_grad(), _eager(), _frozen(problem):
+    with contextlib.ExitStack() as attempt:
+        attempt.enter_context(_recording(problem, freeze))
         bases = [_base(problem, leaf, samples) for leaf in problem.tree.leaves]
         # a copy: the function may write into its input, and a leaf cannot be written into
         leaves = [b.clone() if isinstance(b, Tensor) else b for b in bases]
@@ -73,8 +92,10 @@ def capture(problem: Problem, samples: slice) -> Capture:
         parameters = {n: normal(p) for n, p in problem.parameters.items()}
         shared = {n: edge_of(p) for n, p in parameters.items()}
         inputs = _targets(problem.tree, leaves, edges)
-        with _hooks(problem, seen), _noticed(seen):
+        attempt.enter_context(_hooks(problem, seen))
+        with _noticed(seen):
             result = problem.call(leaves)
+        stack.push(attempt.pop_all())
     if problem.of is not None:
         result = _once(seen.of, "of", problem.of)
     targets: dict[str, Tree] = {}
@@ -123,21 +144,33 @@ def _targets(tree: Tree, leaves: list[Any], edges: list[GradientEdge | None]) ->
 
 
 @contextlib.contextmanager
-def _frozen(problem: Problem) -> Iterator[None]:
-    """Let exactly the wanted parameters record; ``state.untouched`` puts the flags back."""
-    if problem.module is None:
-        yield
-        return
+def _recording(problem: Problem, freeze: bool) -> Iterator[None]:
+    """Let the wanted parameters record and, with ``freeze``, no others."""
     wanted = {id(p) for p in problem.parameters.values()}
-    for parameter in problem.module.parameters():
-        record = id(parameter) in wanted or (problem.create_graph and parameter.requires_grad)
-        if parameter.is_leaf and parameter.requires_grad != record and _can_record(parameter):
-            parameter.requires_grad_(record)
-    yield
+    changed: list[tuple[Tensor, bool]] = []
+
+    def prepare(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            record = id(parameter) in wanted or (parameter.requires_grad and not freeze)
+            if parameter.requires_grad != record and _can_record(parameter):
+                changed.append((parameter, parameter.requires_grad))
+                parameter.requires_grad_(record)
+
+    with contextlib.ExitStack() as stack:
+        if problem.module is not None:
+            prepare(problem.module)
+        else:
+            stack.enter_context(at_first_call(prepare))
+        try:
+            yield
+        finally:
+            for parameter, before in changed:
+                parameter.requires_grad_(before)
 
 
 def _can_record(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
+    floating = parameter.is_floating_point() or parameter.is_complex()
+    return floating and parameter.is_leaf and not parameter.is_inference()
 
 
 @contextlib.contextmanager
@@ -155,12 +188,17 @@ def _hooks(problem: Problem, seen: _Seen) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if problem.of is not None:
             module = layer(problem, problem.of)
-            handle = module.register_forward_hook(lambda m, i, out: seen.of.append(out))
+            handle = module.register_forward_hook(lambda m, i, out: seen.of.append(_copy(out)))
             stack.callback(handle.remove)
         for name in seen.layers:
             handle = layer(problem, name).register_forward_hook(_record(seen.layers[name]))
             stack.callback(handle.remove)
         yield
+
+
+def _copy(output: Any) -> Any:
+    """The layer's output as it is now: what follows may write into it."""
+    return flatten(output).map(lambda t: t.clone() if isinstance(t, Tensor) else t)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class BudgetError(BatchjacError, RuntimeError):
 
 
 class StateError(BatchjacError, RuntimeError):
-    """The function changed something, or ran in a way, that the walk can neither follow nor undo."""
+    """The function changed something, or ran in a way, that cannot be followed or undone."""
 
 
 class UnsupportedError(BatchjacError, NotImplementedError):

@@ -101,7 +101,8 @@ class Job:
     def fill(self, sinks: dict[Part, Sink], rows: int, by_engine: bool = False) -> None:
         """Compute all rows, ``rows`` at a time, and put them into the sinks."""
         shared = tuple(g for g in self.goals if not g.target.per_sample)
-        together = self.count == 1 or self.seeds.across or not shared
+        hooked = by_engine and self.problem.coupling != "sum"
+        together = self.count == 1 or self.seeds.across or not (shared or hooked)
         if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
             try:
                 self._push(sinks, rows, self.seeds, self.goals, self.proof, by_engine)
@@ -111,9 +112,11 @@ class Job:
         if together:
             self._push(sinks, rows, self.seeds, self.goals, None, by_engine)
             return
-        own = tuple(g for g in self.goals if g.target.per_sample)
+        # what a hook does to a gradient may depend on all of it, so it sees one sample's at a time
+        own = () if by_engine else tuple(g for g in self.goals if g.target.per_sample)
+        apart = self.goals if by_engine else shared
         self._push(sinks, rows, self.seeds, own, None, by_engine)
-        self._push(sinks, rows, replace(self.seeds, across=True), shared, None, by_engine)
+        self._push(sinks, rows, replace(self.seeds, across=True), apart, None, by_engine)
 
     def _push(
         self,
@@ -147,7 +150,9 @@ class Job:
             block = _zeros(goal.target, rows * self.count if kept else rows)
         if seeds.across:  # row v of sample n is row n * width + v
             for row, data in enumerate(block.full(), start):
-                sink.put(first + row // seeds.width, row % seeds.width, data[None, None])
+                n, v = divmod(row, seeds.width)
+                own = goal.target.per_sample and self.problem.coupling != "full"
+                sink.put(first + n, v, (data[n] if own else data)[None, None])
         elif kept:
             sink.put(first, start, block.full().unflatten(0, (rows, -1)).transpose(0, 1))
         else:

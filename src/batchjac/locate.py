@@ -11,9 +11,7 @@ from batchjac.graph import Graph, Step
 from batchjac.problem import Problem
 
 
-def modules(
-    problem: Problem, captured: Capture, graph: Graph, steps: tuple[int, ...]
-) -> list[str]:
+def modules(problem: Problem, captured: Capture, graph: Graph, steps: tuple[int, ...]) -> list[str]:
     """The innermost modules that recorded these steps, as ``"path (Class)"``, or node names.
 
     Runs the function once more under hooks: nodes are numbered in the order in which the forward
@@ -25,9 +23,9 @@ def modules(
         return list(dict.fromkeys(names))
     first = _first_number(captured)
     spans: list[tuple[str, int, int]] = []
-    with _spans(problem.module, spans):
-        again = capture(problem, slice(0, captured.samples))
-    offset = _first_number(again) - first
+    whole = slice(0, captured.samples)
+    with _spans(problem.module, spans), capture(problem, whole) as again:
+        offset = _first_number(again) - first
     found = [_innermost(spans, graph.steps[k], offset) for k in steps]
     return list(dict.fromkeys(f or n for f, n in zip(found, names, strict=True)))
 

@@ -81,7 +81,7 @@ class Collected(Sink):
 
 
 def writable(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The caller's ``out`` as a tensor over the same memory, or an error that says what is wrong."""
+    """The caller's ``out`` as a tensor over the same memory, or an error that says why not."""
     expected = f"{list(shape)} of {dtype} on {device}"
     if not isinstance(out, Tensor):
         flags = getattr(out, "flags", None)
@@ -101,7 +101,8 @@ def writable(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         )
     if out.requires_grad:
         raise OutError("out requires grad; pass a plain buffer such as torch.empty(...)")
-    return out
+    written: Tensor = out
+    return written
 
 
 def size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -74,7 +74,7 @@ class _Run:
     kernels: Kernels = field(default_factory=Kernels)
     values: list[Tree] = field(default_factory=list)
     skeleton: Capture | None = None
-    chunk: Chunk = Chunk(0, 0)
+    chunk: Chunk = field(default_factory=lambda: Chunk(0, 0))
     left: int = 0  # bytes beside the result
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
     checked: bool = False  # a chunk of at least two samples was looked at
@@ -117,7 +117,10 @@ class _Run:
 
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
-        captured = capture(self.problem, samples)
+        with capture(self.problem, samples) as captured:
+            return self._captured(samples, captured)
+
+    def _captured(self, samples: slice, captured: Capture) -> bool:
         if captured.hooked and not self.by_engine:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.by_engine = True
@@ -188,9 +191,9 @@ class _Run:
             return
         if captured.samples == 1 and not self.checked:
             pair = slice(0, 2)  # one sample alone shows nothing
-            again = capture(self.problem, pair)
-            for other in jobs(self.problem, again, pair, self.kernels):
-                self._check(other, again)
+            with capture(self.problem, pair) as again:
+                for other in jobs(self.problem, again, pair, self.kernels):
+                    self._check(other, again)
             return
         self.checked = True
         targets = job.witnesses(captured)

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,13 +14,40 @@ from batchjac.errors import StateError
 
 @contextlib.contextmanager
 def untouched(module: nn.Module | None) -> Iterator[None]:
-    """Run a block; then restore random state, buffers, modes, attributes and ``requires_grad``.
+    """Run a block; then restore random state, buffers, attributes, ``.grad`` and flags.
 
-    Raises ``StateError`` when the block wrote into a parameter: a copy of all parameters for the
-    case that somebody does would cost as much memory as the model.
+    Without a module (a plain function) every module that the function calls is noted just before
+    its first call. Raises ``StateError`` when the block wrote into a parameter: a copy of all
+    parameters for the case that somebody does would cost as much memory as the model.
     """
-    with _random_state(), _module_state(module):
+    before = _Before()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_state())
+        stack.enter_context(torch.inference_mode(False))
+        stack.callback(before.restore)
+        if module is not None:
+            before.note(module)
+        else:
+            stack.enter_context(at_first_call(before.note))
         yield
+    before.check()
+
+
+@contextlib.contextmanager
+def at_first_call(act: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``act`` on every module that runs in this block, before it runs the first time."""
+    known: set[int] = set()
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if id(module) not in known:
+            known.add(id(module))
+            act(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
@@ -38,32 +65,51 @@ def _random_state() -> Iterator[None]:
             numpy.random.set_state(array)
 
 
-@contextlib.contextmanager
-def _module_state(module: nn.Module | None) -> Iterator[None]:
-    if module is None:
-        yield
-        return
-    attributes = [(m, _attributes(m)) for m in module.modules()]
-    buffers = [(b, b.detach().clone(), b._version) for b in module.buffers()]
-    parameters = [(n, p, p._version, p.requires_grad) for n, p in module.named_parameters()]
-    try:
-        yield
-    finally:
-        for owner, before in attributes:
-            _restore(owner, before)
+class _Before:
+    """What modules were like when they were noted."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[nn.Module, dict[str, Any]] = {}
+        self.buffers: dict[Tensor, tuple[Tensor, int]] = {}
+        self.parameters: dict[Tensor, tuple[str, int, bool, Tensor | None]] = {}
+
+    def note(self, module: nn.Module) -> None:
+        """Remember a module and all below it; what is known already stays as it was."""
+        for child in module.modules():
+            if child not in self.attributes:
+                self.attributes[child] = _attributes(child)
+        for buffer in module.buffers():
+            if buffer not in self.buffers:
+                self.buffers[buffer] = (buffer.detach().clone(), buffer._version)
+        for name, p in module.named_parameters():
+            if p not in self.parameters:
+                version = 0 if p.is_inference() else p._version
+                self.parameters[p] = (name, version, p.requires_grad, p.grad)
+
+    def restore(self) -> None:
+        """Put everything back but the values of parameters."""
+        for owner, held in self.attributes.items():
+            _restore(owner, held)
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if buffer._version != version:
+            for buffer, (value, _) in self.buffers.items():
+                # batch normalisation writes its statistics without counting the version up; a
+                # needless write would spoil graphs of the caller that saved the buffer
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for _, parameter, _, required in parameters:
-            if parameter.requires_grad != required:
-                parameter.requires_grad_(required)
-    for name, parameter, version, _ in parameters:
-        if parameter._version != version:
-            raise StateError(
-                f"the function wrote into parameter {name!r}; batchjac cannot undo that. Make it "
-                "a buffer (buffers are restored), or keep the update out of forward"
-            )
+        for p, (_, _, required, grad) in self.parameters.items():
+            if p.requires_grad != required:
+                p.requires_grad_(required)
+            if p.grad is not grad:
+                p.grad = grad
+
+    def check(self) -> None:
+        """Refuse a function that wrote into a parameter."""
+        for p, (name, version, _, _) in self.parameters.items():
+            if not p.is_inference() and p._version != version:
+                raise StateError(
+                    f"the function wrote into parameter {name!r}; batchjac cannot undo that. Make "
+                    "it a buffer (buffers are restored), or keep the update out of forward"
+                )
 
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")

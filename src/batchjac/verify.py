@@ -4,6 +4,7 @@ The walk stands on semi-private ground (what nodes save, calling a node) and ski
 cotangent through the real engine costs one backward and sees all of that.
 """
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -42,10 +43,8 @@ def trusted(job: Job) -> bool:
 
 def trust(job: Job) -> None:
     """Remember that this function's graph was compared, or found to need the engine."""
-    try:
+    with contextlib.suppress(TypeError):
         _trusted.setdefault(_owner(job), set()).add(signature(job))
-    except TypeError:
-        pass
 
 
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:

@@ -42,10 +42,13 @@ def jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
-    with untouched(problem.module), _frozen_statistics(coupling == "frozen"):
-        captured = capture(problem, slice(0, problem.samples))
+    with (
+        untouched(problem.module),
+        _frozen_statistics(coupling == "frozen"),
+        capture(problem, slice(0, problem.samples)) as captured,
+    ):
         found = {part: _jacobian(problem, captured, part, t) for part, t in parts(captured)}
-    return nest(problem, captured, found.__getitem__)
+        return nest(problem, captured, found.__getitem__)
 
 
 def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -> Tensor:
@@ -158,7 +161,8 @@ def _batch_norm(
         over = [0, *range(2, x.dim())]
         mean, var = x.detach().mean(over), x.detach().var(over, unbiased=False)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean, running_var
     y = (x - per_channel(mean)) * per_channel((var + eps).rsqrt())
     y = y if weight is None else y * per_channel(weight)
