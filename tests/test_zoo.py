@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+import batchjac
 from batchjac.engines import reference
-from tests.zoo import CASES, Case, registry, rowloop, seeded
+from batchjac.errors import CouplingError
+from tests.zoo import CASES, Case, mixing, registry, rowloop, seeded
+from tests.zoo.rowloop import differentiable, tree_map
 from tests.zoo.verdict import Snapshot, difference, judge
 
 pytestmark = [
@@ -72,6 +78,164 @@ def test_reference_is_the_truth_made_by_hand(case: Case) -> None:
     with case.around(), seeded(case.seed):
         found = reference.jacobian(f, inputs, **case.options)
     assert not difference(found, by_hand, case)
+
+
+# A call that changes gradients where the walk cannot look; autograd's own engine is asked instead.
+BY_ENGINE = {"function_straight_through_clamped", "function_unit_gradient"}
+BY_ENGINE |= {"deep_equilibrium_with_hook"} | {c.name for c in CASES if c.group == "hooks"}
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.name not in BY_ENGINE], ids=names)
+def test_the_walk_itself_is_right(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """No wrong rule hides behind the comparison with autograd, which would mend its result."""
+    f, inputs = case.build()
+    with case.around(), seeded(case.seed), caplog.at_level("DEBUG", logger="batchjac"):
+        batchjac.jacobian(f, inputs)
+    assert "disagree" not in caplog.text
+
+
+def called(f: Any, inputs: Any) -> Any:
+    """The function's own value at copies of the inputs; of a compiled one, of what was compiled."""
+    copies = tree_map(lambda x: x.detach().clone() if differentiable(x) else x, inputs)
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # checkpoints and hooks that find nothing to do
+        return rowloop.call(getattr(f, "plain", f), copies)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.expects is None], ids=names)
+def test_the_value_comes_along(case: Case) -> None:
+    f, inputs = case.build()
+    options = {k: v for k, v in case.options.items() if k != "of"}
+    with case.around(), seeded(case.seed):
+        value, _ = batchjac.value_and_jacobian(f, inputs, **options)
+    assert not any(x.requires_grad for x in rowloop.leaves(value) if isinstance(x, torch.Tensor))
+    if case.options.get("batched", True):
+        f, inputs = case.build()
+        with case.around(), seeded(case.seed):
+            right = called(f, inputs)
+        assert not difference(value, right, case)
+
+
+# 0 * inf is NaN in one order of multiplying and 0 in another.
+INFINITE = {"max_pool_of_infinite_slope", "honest_infinities", "infinite_slope_masked"}
+FINITE = [c for c in PLAIN if c.name not in INFINITE and c.group != mixing.GROUP]
+
+
+@pytest.mark.parametrize("case", FINITE, ids=names)
+def test_differentiable_jacobian(case: Case) -> None:
+    """With ``create_graph`` the derivative of a weighted sum of the Jacobian is the row loop's."""
+
+    def second(jacobian: Callable[..., Any]) -> list[torch.Tensor]:
+        f, x = case.build()
+        x = tree_map(lambda t: t.detach().clone().requires_grad_() if differentiable(t) else t, x)
+        with case.around(), seeded(case.seed):
+            found = jacobian(f, x, create_graph=True)
+        with torch.inference_mode(False), torch.enable_grad(), seeded(1):
+            blocks = [b for b in rowloop.leaves(found) if b is not None]
+            total = sum((b * torch.randn_like(b)).sum() for b in blocks)
+        starts = [t for t in rowloop.leaves(x) if differentiable(t)]
+        if not total.requires_grad:
+            return [torch.zeros_like(t) for t in starts]
+        grads = torch.autograd.grad(total, starts, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(starts, grads, strict=True)]
+
+    try:
+        right = second(rowloop.jacobian)
+    except RuntimeError:  # a backward that PyTorch cannot differentiate; a rule of ours may
+        with contextlib.suppress(RuntimeError):
+            second(batchjac.jacobian)
+    else:
+        assert not difference(second(batchjac.jacobian), right, case)
+
+
+# PyTorch warns when a full backward hook fires and no input needs a gradient.
+MODULES = [
+    c for c in PLAIN
+    if isinstance(c.build()[0], torch.nn.Module) and any(True for _ in c.build()[0].parameters())
+    and c.name != "module_backward_hooks_that_look"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODULES, ids=names)
+def test_derivative_by_every_parameter(case: Case) -> None:
+    def found(jacobian: Callable[..., Any]) -> Any:
+        f, inputs = case.build()
+        before = Snapshot.of(f, inputs)
+        with case.around(), seeded(case.seed):
+            answer = jacobian(f, inputs, wrt="parameters")
+        assert not before.changes()
+        return answer
+
+    assert not difference(found(batchjac.jacobian), found(reference.jacobian), case)
+
+
+@pytest.mark.parametrize("case", [c for c in FINITE if c.group != "hooks"], ids=names)
+def test_every_coupling_says_the_same_of_independent_samples(case: Case) -> None:
+    def answers(coupling: str) -> list[torch.Tensor]:
+        f, inputs = case.build()
+        with case.around(), seeded(case.seed):
+            found = batchjac.jacobian(f, inputs, coupling=coupling)
+        return [block for block in rowloop.leaves(found) if block is not None]
+
+    f, inputs = case.build()
+    with seeded(case.seed), torch.inference_mode(False), torch.enable_grad():
+        outputs = [
+            y
+            for y in rowloop.leaves(
+                rowloop.call(f, tree_map(lambda x: x.clone() if differentiable(x) else x, inputs))
+            )
+            if differentiable(y)
+        ]
+    blocks = answers("error")
+    assert not difference(answers("sum"), blocks, case)
+    assert not difference(answers("frozen"), blocks, case)
+    each = len(blocks) // len(outputs)
+    for k, (whole, block) in enumerate(zip(answers("full"), blocks, strict=True)):
+        axis = outputs[k // each].dim()
+        spread = torch.zeros_like(whole)
+        for n in range(len(block)):
+            spread[n].select(axis - 1, n).copy_(block[n])
+        assert not difference(whole, spread, case)
+
+
+def test_a_hook_that_comes_later_counts() -> None:
+    """A function that was compared once with autograd is not trusted for ever."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    x = torch.randn(4, 3)
+    before = batchjac.jacobian(model, x)
+
+    def halve(module: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad * 0.5)
+
+    handle = model[1].register_forward_hook(halve)
+    torch.testing.assert_close(batchjac.jacobian(model, x), before / 2)
+    handle.remove()
+    torch.testing.assert_close(batchjac.jacobian(model, x), before)
+
+
+@pytest.mark.parametrize("one", range(5))
+@pytest.mark.parametrize("other", range(5))
+def test_coupling_that_comes_with_the_data_is_seen(one: int, other: int) -> None:
+    """The same operations, once apart and once not: which samples meet is a value, not a graph."""
+
+    class Partners(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("partner", torch.arange(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() + x[self.partner].cos()
+
+    model, x = Partners(), torch.randn(5, 2)
+    apart = batchjac.jacobian(model, x)
+    torch.testing.assert_close(apart, torch.diag_embed(x.cos() - x.sin()))
+    model.partner[one] = other
+    if one == other:
+        torch.testing.assert_close(batchjac.jacobian(model, x), apart)
+    else:
+        with pytest.raises(CouplingError):
+            batchjac.jacobian(model, x)
 
 
 def test_the_zoo_is_large_and_names_are_unique() -> None:

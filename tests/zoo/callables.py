@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from batchjac.errors import BatchAxisError, InputError, InputTypeError
 
@@ -106,6 +110,19 @@ def caller_in_inference_mode() -> Any:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
 
 
+@contextmanager
+def anomalies() -> Iterator[None]:
+    with warnings.catch_warnings():  # that it is slow
+        warnings.simplefilter("ignore")
+        with torch.autograd.detect_anomaly(check_nan=False):
+            yield
+
+
+@case("caller_detects_anomalies", group=GROUP, around=anomalies)
+def caller_detects_anomalies() -> Any:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+
+
 @case("inputs_are_inference_tensors", group=GROUP)
 def inputs_are_inference_tensors() -> Any:
     with torch.inference_mode():
@@ -201,6 +218,57 @@ case("wrt_a_parameter", group=GROUP, options={"wrt": "second.weight"}, expected=
 case("wrt_a_list", group=GROUP, options={"wrt": ["first", "second.weight"]}, expected=wrt_both)(
     blocks
 )
+
+
+class Overwritten(nn.Module):
+    """What the first layer returned is written over before anybody else reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).mul_(2).tanh_())
+
+
+def overwritten() -> Any:
+    return Overwritten(), torch.randn(4, 3)
+
+
+def wrt_overwritten(f: Any, x: Tensor) -> Tensor:
+    return rowloop.jacobian(lambda h: f.second((2 * h).tanh()), f.first(x))
+
+
+case("of_a_layer_written_over", group=GROUP, options={"of": "first"}, expected=of_first)(
+    overwritten
+)
+case("wrt_a_layer_written_over", group=GROUP, options={"wrt": "first"}, expected=wrt_overwritten)(
+    overwritten
+)
+
+
+class Sealed(nn.Module):
+    """Layers inside a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def body(x: Tensor) -> Tensor:
+            return self.second(self.first(x)).exp()
+
+        return checkpoint(body, x, use_reentrant=False)
+
+
+def sealed() -> Any:
+    return Sealed(), torch.randn(4, 3)
+
+
+case("wrt_a_layer_in_a_checkpoint", group=GROUP, options={"wrt": "first"}, expected=wrt_first)(
+    sealed
+)
+case("of_a_layer_in_a_checkpoint", group=GROUP, options={"of": "first"}, expected=of_first)(sealed)
 
 
 @case("complex_input", group=GROUP, expects=InputTypeError, without=LAWS)

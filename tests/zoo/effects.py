@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +105,39 @@ def vector_quantised_train() -> Any:
 @case("vector_quantised_eval", group=GROUP, without=NOT_ITS_SLOPE)
 def vector_quantised_eval() -> Any:
     return Centres().eval(), torch.randn(4, 3)
+
+
+@case("seeds_itself", group=GROUP, without={"permute", "chunks"})
+def seeds_itself() -> Any:
+    """The function seeds torch's generator: the caller's random state must not follow."""
+
+    def f(x: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return x * torch.randn_like(x)
+
+    return f, torch.randn(4, 3)
+
+
+@case("noise_of_python_and_numpy", group=GROUP, without=LAWS - {"out"})
+def noise_of_python_and_numpy() -> Any:
+    def f(x: Tensor) -> Tensor:
+        random.seed(5)
+        np.random.seed(7)
+        return x.sin() * random.random() * torch.from_numpy(np.random.rand(*x.shape))
+
+    return f, torch.randn(4, 3)
+
+
+@case("gradient_mode_left_off", group=GROUP, without=NOT_ITS_SLOPE)
+def gradient_mode_left_off() -> Any:
+    """Turns recording off half way and never on again: what follows is a constant."""
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin()
+        torch.set_grad_enabled(False)
+        return y, y * 2
+
+    return f, torch.randn(4, 3)
 
 
 # One mask for all rows of a call.

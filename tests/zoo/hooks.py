@@ -39,6 +39,60 @@ def tensor_hook_clamps() -> Any:
     return f, torch.randn(4, 3)
 
 
+@case("tensor_hook_clamps_one_entry", group=GROUP, without=NOT_ITS_SLOPE | {"compose"})
+def tensor_hook_clamps_one_entry() -> Any:
+    """The limit bites in a single row of a single place: a spot check would not see it."""
+    weight = torch.rand(3, 4) * 0.1
+    weight[2, 3] = 0.5
+
+    def f(x: Tensor) -> Tensor:
+        hidden = x.sin()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad.clamp(-0.45, 0.45))
+        return hidden @ weight.T
+
+    return f, torch.randn(4, 4)
+
+
+@case("tensor_hook_drops_small_gradients", group=GROUP, without=NOT_ITS_SLOPE | {"compose"})
+def tensor_hook_drops_small_gradients() -> Any:
+    """Acts on weak rows only, and looks at the gradient of the whole batch."""
+    weight = torch.diag(torch.tensor([1.0, 0.01, 2.0]))
+
+    def f(x: Tensor) -> Tensor:
+        hidden = x.cos()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * float(grad.abs().max() > 0.1))
+        return hidden @ weight
+
+    return f, torch.randn(4, 3)
+
+
+@case("tensor_hook_clips_by_norm", group=GROUP, without=NOT_ITS_SLOPE | {"compose"})
+def tensor_hook_clips_by_norm() -> Any:
+    """Each row of each sample is a backward of its own, so its norm is that sample's."""
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def f(x: Tensor) -> Tensor:
+        hidden = first(x).tanh()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad / grad.norm().clamp(min=0.3))
+        return second(hidden)
+
+    return f, torch.randn(4, 3)
+
+
+@case("tensor_hook_replaces_nan", group=GROUP, without=NOT_ITS_SLOPE)
+def tensor_hook_replaces_nan() -> Any:
+    def f(x: Tensor) -> Tensor:
+        y = x.relu() * 1
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad.nan_to_num(0.0, 0.0, 0.0))
+        return y.pow(0.5)
+
+    return f, torch.tensor([[-1.0, 4.0], [0.25, 0.0], [9.0, 1.0]])
+
+
 @case("tensor_hook_that_only_looks", group=GROUP)
 def tensor_hook_that_only_looks() -> Any:
     net, seen = nn.Linear(3, 2), []
@@ -46,7 +100,7 @@ def tensor_hook_that_only_looks() -> Any:
     def f(x: Tensor) -> Tensor:
         y = net(x)
         if y.requires_grad:
-            y.register_hook(lambda grad: seen.append(float(grad.norm())))
+            y.register_hook(lambda grad: seen.append(float(grad.detach().norm())))
             y.retain_grad()
         return y.sin()
 
@@ -140,7 +194,7 @@ def forward_hooks_change_values() -> Any:
 def parameter_hook() -> Any:
     """A hook on a weight has no say in the derivative toward the input."""
     model = nn.Linear(3, 2)
-    model.weight.register_hook(lambda grad: grad * float("nan"))
+    model.weight.register_hook(lambda grad: grad * 100)
     return model, torch.randn(4, 3)
 
 

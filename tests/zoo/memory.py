@@ -61,6 +61,26 @@ def checkpoint_reentrant_dropout() -> Any:
     return Checkpointed(reentrant=True, dropout=0.4).train(), torch.randn(4, 4)
 
 
+class Kept:
+    """A function, not a module: the parameters are out of the library's sight."""
+
+    def __init__(self) -> None:
+        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.head = nn.Linear(5, 2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.block, x * 2, use_reentrant=True))
+
+    def kept(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x * 2))
+
+
+@case("checkpoint_reentrant_in_a_function", group=GROUP, expected=without_checkpoint)
+def checkpoint_reentrant_in_a_function() -> Any:
+    """A reentrant backward runs autograd inside: no gradient may be left in the parameters."""
+    return Kept(), torch.randn(4, 4)
+
+
 @case("checkpoint_nested", group=GROUP)
 def checkpoint_nested() -> Any:
     inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)

@@ -72,6 +72,13 @@ def instance_norm_running_statistics_train() -> Any:
     return model.train(), torch.randn(3, 3, 5)
 
 
+@case("buffers_behind_a_function", group=GROUP)
+def buffers_behind_a_function() -> Any:
+    """A lambda around a module that updates its buffers: they must be put back all the same."""
+    model = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten()).train()
+    return lambda x: model(x)[:, :4], torch.randn(3, 3, 5)
+
+
 @case("rms_norm", group=GROUP)
 def rms_norm() -> Any:
     return nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3)), torch.randn(4, 4)

@@ -203,6 +203,19 @@ def deep_equilibrium_with_hook() -> Any:
     return Equilibrium(), torch.randn(4, 2)
 
 
+@case("very_deep_chain", group=GROUP)
+def very_deep_chain() -> Any:
+    """A thousand steps, each reading the one before it twice: no recursion may follow them."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x
+        for _ in range(1000):
+            y = y - 0.001 * y.sin()
+        return y
+
+    return f, torch.randn(2, 1)
+
+
 @case("hopfield_updates_until_settled", group=GROUP)
 def hopfield_updates_until_settled() -> Any:
     """The number of steps depends on the data of the sample."""

@@ -17,7 +17,8 @@ from torch import Tensor
 def tree_map(change: Callable[[Any], Any], tree: Any) -> Any:
     """The same nest with every leaf changed."""
     if isinstance(tree, Mapping):
-        return type(tree)({key: tree_map(change, value) for key, value in tree.items()})
+        changed = {key: tree_map(change, value) for key, value in tree.items()}
+        return type(tree)(**changed) if type(tree) is not dict else changed
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(tree_map(change, value) for value in tree))
     if isinstance(tree, (tuple, list)):
@@ -44,34 +45,40 @@ def differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def jacobian(f: Callable[..., Any], inputs: Any) -> Any:
-    """Outputs nested over inputs, each block [N, *out, *in]; None where there is no derivative."""
+def jacobian(f: Callable[..., Any], inputs: Any, create_graph: bool = False) -> Any:
+    """Outputs nested over inputs, each block [N, *out, *in]; None where there is no derivative.
 
-    def stand_in(value: Any) -> Any:  # not a leaf of the graph, so that f may write into it
-        return value.detach().clone().requires_grad_() if differentiable(value) else value
+    With ``create_graph`` the result has a history back to inputs that require a gradient.
+    """
+
+    def stand_in(value: Any) -> Any:
+        if not differentiable(value) or (create_graph and value.requires_grad):
+            return value
+        return value.detach().clone().requires_grad_()
 
     def one(y: Any) -> Any:
-        return tree_map(lambda x: block(y, x), starts) if differentiable(y) else None
+        return tree_map(lambda x: block(y, x, create_graph), starts) if differentiable(y) else None
 
     with torch.inference_mode(False), torch.enable_grad():
         starts = tree_map(stand_in, inputs)
+        # copies are not leaves of the graph, so that f may write into them
         outputs = call(f, tree_map(lambda x: x.clone() if differentiable(x) else x, starts))
-        return tree_map(one, outputs)
+        with torch.enable_grad():  # f may have switched it off
+            return tree_map(one, outputs)
 
 
-def block(y: Tensor, x: Any) -> Tensor | None:
+def block(y: Tensor, x: Any, create_graph: bool) -> Tensor | None:
     """J[n, o] = d y[n, o] / d x[n], one backward each."""
     if not differentiable(x):
         return None
-    n, width = len(y), y[0].numel()
-    result = torch.zeros(n, width, *x.shape[1:], dtype=x.dtype)
-    if y.requires_grad:
-        flat = y.reshape(n, width)
-        for sample in range(n):
-            for o in range(width):
-                (grad,) = torch.autograd.grad(
-                    flat[sample, o], x, retain_graph=True, allow_unused=True
-                )
-                if grad is not None:
-                    result[sample, o] = grad[sample]
-    return result.view(n, *y.shape[1:], *x.shape[1:])
+    shape = (len(y), *y.shape[1:], *x.shape[1:])
+    if not y.requires_grad or 0 in shape:
+        return torch.zeros(shape, dtype=x.dtype)
+    rows = []
+    for sample, outputs in enumerate(y.reshape(len(y), -1)):
+        for value in outputs:
+            (grad,) = torch.autograd.grad(
+                value, x, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+            rows.append(torch.zeros_like(x[sample]) if grad is None else grad[sample])
+    return torch.stack(rows).view(shape)

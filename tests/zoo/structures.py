@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -168,6 +168,75 @@ def integer_output_beside_float() -> Any:
         return logits, best.indices, best.values > 0
 
     return f, torch.randn(4, 4)
+
+
+@case("output_that_is_no_tensor", group=GROUP)
+def output_that_is_no_tensor() -> Any:
+    net = nn.Linear(3, 2)
+    return lambda x: (net(x), None, 5, {"note": "text", "again": net(x).exp()}), torch.randn(4, 3)
+
+
+@case("input_that_is_no_tensor", group=GROUP)
+def input_that_is_no_tensor() -> Any:
+    def f(x: Tensor, power: float, mode: str, nothing: None) -> Tensor:
+        assert nothing is None
+        return x.abs() ** power if mode == "power" else x
+
+    return f, (torch.randn(4, 3), 1.5, "power", None)
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """A dict whose entries are attributes too, as large model libraries return."""
+
+    def __init__(self, logits: Tensor | None = None, hidden: tuple[Tensor, ...] = ()) -> None:
+        super().__init__(logits=logits, hidden=hidden)
+        self.logits, self.hidden = logits, hidden
+
+
+@case("output_mapping_with_attributes", group=GROUP)
+def output_mapping_with_attributes() -> Any:
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def f(x: Tensor) -> ModelOutput:
+        hidden = first(x).tanh()
+        return ModelOutput(logits=second(hidden), hidden=(hidden, hidden * 2))
+
+    return f, torch.randn(4, 3)
+
+
+@case("output_beside_the_input_itself", group=GROUP)
+def output_beside_the_input_itself() -> Any:
+    return lambda x: (x, x.sin(), x[:, :2]), torch.randn(4, 3)
+
+
+@case("output_with_an_empty_axis", group=GROUP)
+def output_with_an_empty_axis() -> Any:
+    return lambda x: {"some": x.sin(), "none": x[:, :0].exp()}, torch.randn(4, 3)
+
+
+@case("input_with_an_empty_axis", group=GROUP)
+def input_with_an_empty_axis() -> Any:
+    return lambda a, b: torch.cat([a, b], 1).sum(1, keepdim=True).sin(), (
+        torch.randn(4, 3),
+        torch.randn(4, 0),
+    )
+
+
+@case("output_with_a_negative_bit", group=GROUP)
+def output_with_a_negative_bit() -> Any:
+    """A lazy view: the imaginary part of a lazy conjugate."""
+    return lambda x: torch.fft.rfft(x.sin(), dim=1).conj().imag, torch.randn(3, 4)
+
+
+@case("output_of_another_precision", group=GROUP, tolerance=1e-5, without=NOT_ITS_SLOPE)
+def output_of_another_precision() -> Any:
+    net = nn.Linear(3, 2)
+    return lambda x: {"half": net(x).float().tanh(), "whole": net(x).exp()}, torch.randn(4, 3)
+
+
+@case("input_is_a_parameter", group=GROUP)
+def input_is_a_parameter() -> Any:
+    return nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Parameter(torch.randn(4, 3))
 
 
 @case("output_without_dependence", group=GROUP)

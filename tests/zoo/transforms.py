@@ -145,6 +145,29 @@ def langevin_steps_inside() -> Any:
     return f, torch.randn(4, 3)
 
 
+class FastWeights(nn.Module):
+    """MAML: an inner step on the parameters themselves, by autograd, for every sample anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = []
+        with torch.enable_grad():
+            for sample in x:
+                support, query = sample.view(2, 2)
+                loss = (self.net(support) - 1).square().sum()
+                slope = torch.autograd.grad(loss, self.net.weight, create_graph=True)[0]
+                answers.append(((self.net.weight - 0.1 * slope) @ query).sin())
+        return torch.stack(answers)
+
+
+@case("inner_step_on_the_parameters", group=GROUP)
+def inner_step_on_the_parameters() -> Any:
+    return FastWeights(), torch.randn(3, 4)
+
+
 @case("inner_loop_without_second_order", group=GROUP, without={"directional"})
 def inner_loop_without_second_order() -> Any:
     """First-order MAML's trick: the inner gradient is a constant to the outer one."""
