@@ -153,3 +153,17 @@ print(*sorted({set(HEAVY)!r} & sys.modules.keys() - before))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_the_core_works_with_torch_alone():
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted({*HEAVY, "numpy", "safetensors"})!r}))  # not importable
+from batchjac import doctor
+sys.exit(doctor.run())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "models agree" in done.stdout
