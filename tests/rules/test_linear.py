@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from batchjac.samples import SampleAxis
@@ -23,6 +24,10 @@ def turned(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def tied(a: Tensor) -> Tensor:
     return a @ a
+
+
+def bilinear(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return F.bilinear(a, b, weight) + 0
 
 
 CASES = [
@@ -57,6 +62,13 @@ CASES = [
         "AddrBackward0", partial(torch.addr, beta=2, alpha=3), ((4, 5), (4,), (5,)),
         at=((FIRST, 4), (SECOND, 5)), dtypes=ALL,
     ),
+    Case("VdotBackward0", torch.vdot, ((4,), (4,))),
+    Case("VdotBackward0", torch.vdot, ((4,), (4,)), dtypes=(C128,), declines=True),
+    Case(
+        "TrilinearBackward0", bilinear, ((4, 2), (4, 3), (5, 2, 3)),
+        at=((FIRST, 4), (SampleAxis(0, 2, 1), 2)), dtypes=(F64, F32),
+    ),
+    Case("TrilinearBackward0", bilinear, ((12, 2), (12, 3), (1, 2, 3)), at=((MERGED, 2),)),
     Case("DotBackward0", torch.dot, ((4,), (4,)), dtypes=ALL),
 ]  # fmt: skip
 

@@ -45,6 +45,12 @@ def inplace(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x + 0)
 
 
+def slope(x: Tensor, g: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A derivative inside the function, as a physics residual has it."""
+    inner = x.clone()
+    return torch.autograd.grad(function(inner), inner, g, create_graph=True)[0] + 0
+
+
 def unary(name: str, function: Callable[[Tensor], Tensor], **more: object) -> Case:
     more = {"dtypes": ALL, **more}
     return Case(name, function, (SHAPE,), at=AT[:1], **more)  # type: ignore[arg-type]
@@ -149,6 +155,30 @@ SEVERAL = [
     ),
 ]  # fmt: skip
 
+SEVERAL += [
+    several(name, partial(slope, function=function), (4, 3), (4, 3))
+    for name, function in (
+        ("EluBackwardBackward0", F.elu),
+        ("GeluBackwardBackward0", F.gelu),
+        ("LeakyReluBackwardBackward0", F.leaky_relu),
+        ("LogSigmoidBackwardBackward0", F.logsigmoid),
+        ("SigmoidBackwardBackward0", torch.sigmoid),
+        ("SoftplusBackwardBackward0", F.softplus),
+        ("TanhBackwardBackward0", torch.tanh),
+    )
+]
+SEVERAL += [
+    several("XlogyBackward0", torch.xlogy, (4, 3), (3,), make=above),
+    several("XlogyBackward1", partial(torch.xlogy, 2.0), (4, 3), make=above),
+    several("XlogyBackward2", lambda x: torch.xlogy(x, 2.0), (4, 3)),
+    several("XlogyBackward2", lambda x: torch.xlogy(x, 0.0), (4, 3), make=kinks, at=(),
+            second=False),
+    several(
+        "TanhBackwardBackward0", partial(slope, function=torch.tanh), (4, 3), (4, 3),
+        dtypes=(C128,), declines=True, at=AT[:1], alone=False,
+    ),
+]  # fmt: skip
+
 FLAT = [
     unary("BernoulliBackward0", torch.bernoulli, make=unit),
     unary("CeilBackward0", torch.ceil),
@@ -204,6 +234,9 @@ GATED = [
     *gated("ClampBackward0", lambda x, high: torch.clamp(x, max=high), (4, 3), (4, 3)),
     *gated("ClampMinBackward1", torch.clamp_min, (4, 3), (4, 1)),
     *gated("ClampMaxBackward1", torch.clamp_max, (4, 3), (4, 1)),
+    *gated("ThresholdBackwardBackward0", partial(slope, function=F.relu), (4, 3), (4, 3)),
+    *gated("HardtanhBackwardBackward0", partial(slope, function=F.hardtanh), (4, 3), (4, 3)),
+    *gated("XlogyBackward0", torch.xlogy, (4, 3), (4, 1), second=False, at=()),
     *gated("WhereBackward0", partial(torch.where, CHOICE), (4, 3), (4, 1)),
     *gated("WhereBackward0", lambda x: torch.where(MASK, x, 0.0)),
     *gated("MaskedFillBackward0", lambda x: x.masked_fill(MASK, 2.0)),

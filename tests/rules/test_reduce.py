@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from batchjac.block import Block
@@ -151,14 +152,25 @@ def running(name: str, function: Callable[..., Tensor], **more: object) -> list[
     ]
 
 
+TARGET = torch.tensor([0, 2, 1, 2])
 CASES += [
+    Case("NllLossBackward0", partial(F.nll_loss, target=TARGET, reduction="none"), ((4, 3),),
+         at=((FIRST, 4), (SampleAxis(0, 2, 1), 2)), dtypes=ALL, special=True),
+    Case("NllLossBackward0",
+         lambda x: F.nll_loss(x, TARGET, x.new_tensor([1, 2, 0]), ignore_index=1, reduction="none"),
+         ((4, 3),), at=((FIRST, 4),)),
+    Case("NllLossBackward0", partial(F.nll_loss, target=TARGET), ((4, 3),), declines=True),
+    Case("NllLossBackward0", partial(F.nll_loss, target=TARGET[1], reduction="none"), ((3,),)),
+    Case("NllLoss2DBackward0",
+         partial(F.nll_loss, target=TARGET.view(2, 1, 2), reduction="none"), ((2, 3, 1, 2),),
+         at=((FIRST, 2), (THIRD, 2))),
     *running("CumsumBackward0", torch.cumsum),
     *running("CumsumBackward0", partial(torch.cumsum, dtype=F64), dtypes=(F32,)),
     *running("CummaxBackward0", first(torch.cummax), make=ties),
     *running("CumminBackward0", first(torch.cummin)),
     *running("CumprodBackward0", torch.cumprod, declines=True),
     *running("LogcumsumexpBackward0", torch.logcumsumexp, declines=True),
-]
+]  # fmt: skip
 
 (
     test_equals_the_node_row_by_row,

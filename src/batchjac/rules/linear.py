@@ -1,13 +1,13 @@
-"""Matrix products: the other factor, applied to all rows at once.
+"""Matrix products: the other factors, applied to all rows at once.
 
 Every product is a sentence of index letters, ``y[out] = sum a[left] b[right]``, as ``nk,ko->no``.
-Its two gradients are the sentences read backwards, ``g[v out] conj(b[right]) -> v left``, and which
-letter is the sample says which factor the samples share. An axis of size 1 in the block stands for
+Its gradients are the sentences read backwards, ``g[v out] conj(b[right]) -> v left``, and which
+letter is the sample says which factors the samples share. An axis of size 1 in the block stands for
 one that is repeated; ``einsum`` then sums the other factor alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,96 +15,107 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample, split
-from batchjac.rules.pointwise import scaled
+from batchjac.rules.pointwise import only, scaled
 from batchjac.rules.registry import Blocks, rule
 from batchjac.samples import SHARED, Place, SampleAxis, broadcast
 
 
 @dataclass(frozen=True)
 class Product:
-    """``y[out] = beta * c + alpha * sum a[left] b[right]``; the saved names of ``a`` and ``b``."""
+    """``y[out] = beta * c + alpha * sum a[.] b[.] ...``: each factor's letters and saved name."""
 
-    left: str
-    right: str
+    factors: tuple[str, ...]
     out: str
-    names: tuple[str, str]
+    names: tuple[str, ...]
     added: bool = False  # there is a ``c``, the first edge, broadcast to the output
 
 
 PRODUCTS = {
-    "MmBackward0": Product("nk", "ko", "no", ("self", "mat2")),
-    "BmmBackward0": Product("bnk", "bko", "bno", ("self", "mat2")),
-    "MvBackward0": Product("nk", "k", "n", ("self", "vec")),
-    "DotBackward0": Product("k", "k", "", ("self", "tensor")),
-    "AddmmBackward0": Product("nk", "ko", "no", ("mat1", "mat2"), added=True),
-    "AddmvBackward0": Product("nk", "k", "n", ("mat", "vec"), added=True),
-    "AddrBackward0": Product("n", "o", "no", ("vec1", "vec2"), added=True),
-    "BaddbmmBackward0": Product("bnk", "bko", "bno", ("batch1", "batch2"), added=True),
-    "AddbmmBackward0": Product("bnk", "bko", "no", ("batch1", "batch2"), added=True),
+    "MmBackward0": Product(("nk", "ko"), "no", ("self", "mat2")),
+    "BmmBackward0": Product(("bnk", "bko"), "bno", ("self", "mat2")),
+    "MvBackward0": Product(("nk", "k"), "n", ("self", "vec")),
+    "DotBackward0": Product(("k", "k"), "", ("self", "tensor")),
+    "VdotBackward0": Product(("k", "k"), "", ("self", "other")),
+    "AddmmBackward0": Product(("nk", "ko"), "no", ("mat1", "mat2"), added=True),
+    "AddmvBackward0": Product(("nk", "k"), "n", ("mat", "vec"), added=True),
+    "AddrBackward0": Product(("n", "o"), "no", ("vec1", "vec2"), added=True),
+    "BaddbmmBackward0": Product(("bnk", "bko"), "bno", ("batch1", "batch2"), added=True),
+    "AddbmmBackward0": Product(("bnk", "bko"), "no", ("batch1", "batch2"), added=True),
 }
+REAL = ("TrilinearBackward0", "VdotBackward0")  # torch conjugates otherwise here, or not at all
+LETTERS = "abcdefghijklm"  # none that the sentences below use
+
+
+def _product(step: Step) -> Product:
+    """The sentence of a node; three factors of any shape (``nn.Bilinear``) say it themselves."""
+    if step.name != "TrilinearBackward0":
+        return PRODUCTS[step.name]
+    gone = [step.saved(name) for name in ("expand1", "expand2", "expand3", "sumdim")]
+    count = len(step.shape) + len(gone[-1])
+    *factors, out = ("".join(LETTERS[d] for d in range(count) if d not in g) for g in gone)
+    return Product(tuple(factors), out, ("i1", "i2", "i3"))
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A wanted factor: the index of its edge, its letters, and the other factor."""
+    """A wanted factor: the index of its edge, its letters, and the other factors."""
 
     edge: int
     mine: str
-    others: str
-    other: Tensor
+    letters: tuple[str, ...]
+    others: tuple[Tensor, ...]
 
 
-def _factors(step: Step) -> list[Factor]:
-    """The factors whose gradient is wanted, each with the conjugate of the other one."""
-    product = PRODUCTS[step.name]
-    a = len(step.edges) - 2
-    turns = ((a, product.left, product.right, 1), (a + 1, product.right, product.left, 0))
-    return [
-        Factor(k, mine, others, step.saved(product.names[name]).conj())
-        for k, mine, others, name in turns
-        if step.edges[k] is not None
-    ]
-
-
-def _place(step: Step, at: SampleAxis, letters: str) -> Place:
-    letter = PRODUCTS[step.name].out[at.dim]
-    dim = letters.find(letter)
-    return SHARED if dim < 0 else SampleAxis(dim, at.outer, at.inner)
+def _factors(step: Step, product: Product) -> list[Factor]:
+    """The factors whose gradient is wanted, each with the conjugates of the other ones."""
+    found = []
+    for k, mine in enumerate(product.factors):
+        edge = k + product.added
+        if step.edges[edge] is not None:
+            rest = [j for j in range(len(product.factors)) if j != k]
+            others = tuple(step.saved(product.names[j]).conj() for j in rest)
+            letters = tuple(product.factors[j] for j in rest)
+            found.append(Factor(edge, mine, letters, others))
+    return found
 
 
 def _samples(step: Step, at: SampleAxis) -> list[Place]:
-    """The factor that has the sample's letter has the samples there; the other has none."""
-    product = PRODUCTS[step.name]
-    places: list[Place] = [_place(step, at, product.left), _place(step, at, product.right)]
+    """A factor that has the sample's letter has the samples there; the others have none."""
+    product = _product(step)
+    dims = [letters.find(product.out[at.dim]) for letters in product.factors]
+    places: list[Place] = [SHARED if d < 0 else SampleAxis(d, at.outer, at.inner) for d in dims]
     if product.added:
         c = step.edges[0]
         places.insert(0, None if c is None else broadcast(at, step.shape, c.shape))
     return [None if e is None else p for e, p in zip(step.edges, places, strict=True)]
 
 
-def _added(step: Step, g: Block) -> tuple[Block | None, Block]:
+def _added(step: Step, product: Product, g: Block) -> tuple[Block | None, Block]:
     """The block toward ``c`` and the block of the product, each with its scalar."""
-    if not PRODUCTS[step.name].added:
+    if not product.added:
         return None, g
     toward = None if step.edges[0] is None else scaled(g, step.saved("beta"))
     return toward, scaled(g, step.saved("alpha"))
 
 
-def _per_sample(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
+def _per_sample(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     """``nk,ko->no`` with samples ``n = r s t``: ``g[v,r,s,t,o] conj(a[r,s,t,k]) -> v s k o``."""
-    (g,) = blocks
-    assert g is not None
-    c, g = _added(step, g)
+    product = _product(step)
+    c, g = _added(step, product, only(blocks))
+    if step.name in REAL and g.data.is_complex():
+        return NotImplemented
     found: list[Block | None] = [None] * len(step.edges)
     if c is not None and step.edges[0] is not None:
         found[0] = each_sample(c, at, step.edges[0].shape)
-    out = PRODUCTS[step.name].out
-    letter = out[at.dim]
+    letter = product.out[at.dim]
     rows = split(g.data, g.shape, at, at.dim + 1)
-    for f in _factors(step):
-        apart = [letters.replace(letter, "rst") for letters in (out, f.others)]
-        other = split(f.other, g.shape, at, f.others.index(letter))
-        data = torch.einsum(f"v{apart[0]},{apart[1]}->vs{f.mine}", rows, other)
+    for f in _factors(step, product):
+        sentence = ",".join(("v" + product.out, *f.letters)).replace(letter, "rst")
+        others = [
+            split(other, g.shape, at, letters.index(letter)) if letter in letters else other
+            for letters, other in zip(f.letters, f.others, strict=True)
+        ]
+        data = torch.einsum(f"{sentence}->vs{f.mine}", rows, *others)
         found[f.edge] = _block(step, f, data.flatten(0, 1))
     return found
 
@@ -115,16 +126,17 @@ def _block(step: Step, factor: Factor, data: Tensor) -> Block:
     return Block(data, edge.shape)
 
 
-@rule(*PRODUCTS, samples=_samples, per_sample=_per_sample)
-def product(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+@rule(*PRODUCTS, "TrilinearBackward0", samples=_samples, per_sample=_per_sample)
+def products(step: Step, blocks: Blocks) -> Any:
     """``y = sum a[left] b[right]``: ``g[v out] conj(b[right])`` and ``g[v out] conj(a[left])``."""
-    (g,) = blocks
-    assert g is not None
-    c, g = _added(step, g)
+    product = _product(step)
+    c, g = _added(step, product, only(blocks))
+    if step.name in REAL and g.data.is_complex():
+        return NotImplemented
     found: list[Block | None] = [None] * len(step.edges)
     found[0] = c  # when nothing is added this is the first factor, filled in below
-    out = PRODUCTS[step.name].out
-    for f in _factors(step):
-        data = torch.einsum(f"v{out},{f.others}->v{f.mine}", g.data, f.other)
+    for f in _factors(step, product):
+        sentence = ",".join(("v" + product.out, *f.letters))
+        data = torch.einsum(f"{sentence}->v{f.mine}", g.data, *f.others)
         found[f.edge] = _block(step, f, data)
     return found

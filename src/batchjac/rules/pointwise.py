@@ -37,10 +37,17 @@ SMOOTH = (
     "AddcdivBackward0", "Atan2Backward0", "CopysignBackward0", "CopysignBackward1",
     "FmodBackward1", "HypotBackward0", "LerpBackward1", "Logaddexp2Backward0",
     "LogaddexpBackward0", "RemainderBackward1",
+    # derivatives within a function: physics residuals, energies and forces
+    "EluBackwardBackward0", "GeluBackwardBackward0", "LeakyReluBackwardBackward0",
+    "LogSigmoidBackwardBackward0", "SigmoidBackwardBackward0", "SoftplusBackwardBackward0",
+    "TanhBackwardBackward0",
     # losses that keep their entries
     "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0",
     "MseLossBackward0", "SmoothL1LossBackward0", "SoftMarginLossBackward0",
 )  # fmt: skip
+
+# These conjugate the cotangent itself, so the cotangent of ones does not say all.
+ANTILINEAR = ("SigmoidBackwardBackward0", "TanhBackwardBackward0")
 
 FLAT = (
     "BernoulliBackward0", "CeilBackward0", "DivBackward2", "DivBackward3", "FloorBackward0",
@@ -111,7 +118,9 @@ def real_within_complex(step: Step) -> bool:
 def smooth(step: Step, blocks: Blocks) -> Any:
     """``g[v n] f_k'(x)[n]`` toward each argument ``k`` of a function of entries."""
     g = only(blocks)
-    if real_within_complex(step) or (step.has("reduction") and step.saved("reduction") != 0):
+    if real_within_complex(step) or (step.name in ANTILINEAR and g.data.is_complex()):
+        return NotImplemented
+    if step.has("reduction") and step.saved("reduction") != 0:
         return NotImplemented
     return [
         None if e is None or d is None else times(g, d)
@@ -136,9 +145,11 @@ GATES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "HardshrinkBackward0": (aten.hardshrink_backward, ("self", "lambd")),
     "HardswishBackward0": (aten.hardswish_backward, ("self",)),
     "HardtanhBackward0": (aten.hardtanh_backward, ("self", "min_val", "max_val")),
+    "HardtanhBackwardBackward0": (aten.hardtanh_backward, ("self", "min_val", "max_val")),
     "SoftshrinkBackward0": (aten.softshrink_backward, ("self", "lambd")),
     "ThresholdBackward0": (aten.threshold_backward, ("self", "threshold")),
     "ThresholdBackward1": (aten.threshold_backward, ("self", "threshold")),
+    "ThresholdBackwardBackward0": (aten.threshold_backward, ("self", "threshold")),
 }
 
 
@@ -152,11 +163,15 @@ def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
 
 @rule(*GATES, samples=elementwise)
 def gate(step: Step, blocks: Blocks) -> Sequence[Block | None]:
-    """``g[v n] f'(x)[n]`` inside the open region, 0 outside it."""
+    """``g[v n] f'(x)[n]`` inside the open region, 0 outside it; a derivative's own slope is 0."""
     g = only(blocks)
     backward, (name, *scalars) = GATES[step.name]
-    x = wide(step.saved(name), len(g.shape))
-    return [g.with_data(backward(g.data, x, *map(step.saved, scalars)))]
+    through, *others = step.edges
+    toward = None
+    if through is not None:
+        x = wide(step.saved(name), len(g.shape))
+        toward = g.with_data(backward(g.data, x, *map(step.saved, scalars)))
+    return [toward, *(None if e is None else zero(g) for e in others)]
 
 
 @rule("HardsigmoidBackward0", samples=elementwise)
@@ -238,6 +253,27 @@ def first_extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [
         None if e is None else keep(g, m) for e, m in zip(step.edges, (first, ~first), strict=True)
     ]
+
+
+@entrywise("XlogyBackward0", "XlogyBackward1", "XlogyBackward2")
+def x_log_y(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``g log y``, nothing where ``x`` is 0 and ``y`` is not positive; and ``g x / y``."""
+    g = only(blocks)
+    dtype, device = g.data.dtype, g.data.device
+    x, y = (
+        torch.as_tensor(step.saved(name), dtype=dtype, device=device) for name in ("self", "other")
+    )
+    kinds = {"XlogyBackward1": "y", "XlogyBackward2": "x"}.get(step.name, "xy")
+    found: list[Block | None] = []
+    for kind, edge in zip(kinds, step.edges, strict=True):
+        if edge is None:
+            found.append(None)
+        elif kind == "x":
+            rows = g.with_data(torch.xlogy(g.data, wide(y, len(g.shape))))
+            found.append(keep(rows, ~((x == 0) & (y <= 0))))
+        else:
+            found.append(times(g, x / y))
+    return found
 
 
 @entrywise("PreluKernelBackward0")

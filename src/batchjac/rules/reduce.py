@@ -127,6 +127,31 @@ def _attained(step: Step, shape: Sequence[int]) -> Tensor:
     return torch.zeros(shape, dtype=torch.bool, device=index.device).scatter(dim, index, True)
 
 
+def _class_axis(step: Step) -> int:
+    """The axis of classes in the input of a classification loss; the output has none."""
+    edge = step.edges[0]
+    return 1 if edge is not None and len(edge.shape) > 1 else 0
+
+
+def _loss_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """The other axes stay, in their order."""
+    return [moved(at, at.dim + (at.dim >= _class_axis(step)))]
+
+
+@rule("NllLossBackward0", "NllLoss2DBackward0", samples=_loss_samples)
+def classified(step: Step, blocks: Blocks) -> Any:
+    """``y[n] = -w x[n,t(n)]``: ``-w g[v n]`` at the target ``t(n)``, 0 elsewhere."""
+    g = only(blocks)
+    (edge,) = step.edges
+    assert edge is not None
+    if step.saved("reduction") != 0:
+        return NotImplemented
+    (weight,) = derivative(step)
+    assert weight is not None
+    rows = Block(g.data.unsqueeze(1 + _class_axis(step)), edge.shape)
+    return [keep(times(rows, weight), weight != 0)]
+
+
 def _along(step: Step, at: SampleAxis) -> list[Place]:
     """A node that works along one axis, ``dim``, keeps the others apart."""
     size = len(step.shape)
