@@ -1,6 +1,7 @@
 """Rules for graph nodes; importing this package registers them all."""
 
 from batchjac.rules import arithmetic as arithmetic
+from batchjac.rules import attention as attention
 from batchjac.rules import conv as conv
 from batchjac.rules import linear as linear
 from batchjac.rules import norm as norm
