@@ -1,6 +1,7 @@
 """The main job: what it writes, and the parts it is made of."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,31 @@ def test_the_full_job_finds_what_was_planted(tmp_path: Path) -> None:
     for result in (digits, planted):
         loop = result["comparison"]
         assert loop["largest_difference"] < 1e-5 * max(1.0, loop["largest_entry"])
+    assert_readme_tells_the_same(digits, planted)
+
+
+def assert_readme_tells_the_same(digits: Any, planted: Any) -> None:
+    """Compare with the README's numbers, as far as training on another machine may differ."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    told = text.split("## What the demo shows")[1].split("## ")[0]
+    assert digits["axes"] in told
+    assert planted["axes"] in told
+
+    def numbers(row: str) -> list[float]:
+        (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}")]
+        return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", line.split("|", 2)[2])]
+
+    assert numbers("accuracy") == pytest.approx(
+        [100 * digits["accuracy"], 450, 100 * planted["accuracy"], 20000], abs=1.0
+    )
+    shares = [row["share"] for row in planted["by_class"].values()]
+    chances = [row["chance"] for row in planted["by_class"].values()]
+    assert numbers("share of abs(J)") == pytest.approx(
+        [100 * value for value in shares + chances], abs=5.0
+    )
+    areas = [row["auc"] for row in planted["by_class"].values()]
+    without = [row["auc"] for row in planted["by_variance"].values()]
+    assert numbers("ROC AUC of abs(J)") == pytest.approx(areas + without, abs=0.01)
 
 
 @pytest.mark.parametrize(
