@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from batchjac.block import Block
@@ -30,7 +31,9 @@ def softmax(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     if not g.shape:
         return [g.with_data(y * (g.data - g.data * y))]
     weighted = g.data * y
-    return [g.with_data(weighted - y * weighted.sum(dim, keepdim=True))]
+    # one pass instead of two; written over ``weighted`` unless the walk is recorded
+    fold = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    return [g.with_data(fold(weighted, y, weighted.sum(dim, keepdim=True), value=-1))]
 
 
 @rule("LogSoftmaxBackward0", samples=_samples)
