@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
 from batchjac.problem import Problem, check_boundary, differentiable, layer
-from batchjac.state import at_first_call, normal
+from batchjac.state import normal
 from batchjac.tree import Tree, flatten
 
 
@@ -75,7 +75,16 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
             if problem.create_graph or "require grad" not in str(error):
                 raise
             captured = _capture(problem, samples, stack, freeze=False)
-        yield captured
+        try:
+            yield captured
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise StateError(
+                "the function writes into a tensor that its own derivative needs, so PyTorch "
+                f"cannot differentiate it: {str(error).split('; expected')[0]}. Write into a "
+                "clone, or use the form that returns a new tensor"
+            ) from error
 
 
 def _capture(
@@ -93,7 +102,8 @@ def _capture(
         shared = {n: edge_of(p) for n, p in parameters.items()}
         inputs = _targets(problem.tree, leaves, edges)
         attempt.enter_context(_hooks(problem, seen))
-        with _noticed(seen):
+        # its own mode: a function may leave gradients switched off
+        with torch.enable_grad(), _noticed(seen):
             result = problem.call(leaves)
         stack.push(attempt.pop_all())
     if problem.of is not None:
@@ -149,23 +159,16 @@ def _recording(problem: Problem, freeze: bool) -> Iterator[None]:
     wanted = {id(p) for p in problem.parameters.values()}
     changed: list[tuple[Tensor, bool]] = []
 
-    def prepare(module: nn.Module) -> None:
-        for parameter in module.parameters():
-            record = id(parameter) in wanted or (parameter.requires_grad and not freeze)
-            if parameter.requires_grad != record and _can_record(parameter):
-                changed.append((parameter, parameter.requires_grad))
-                parameter.requires_grad_(record)
-
-    with contextlib.ExitStack() as stack:
-        if problem.module is not None:
-            prepare(problem.module)
-        else:
-            stack.enter_context(at_first_call(prepare))
-        try:
-            yield
-        finally:
-            for parameter, before in changed:
-                parameter.requires_grad_(before)
+    for parameter in problem.module.parameters() if problem.module is not None else ():
+        record = id(parameter) in wanted or (parameter.requires_grad and not freeze)
+        if parameter.requires_grad != record and _can_record(parameter):
+            changed.append((parameter, parameter.requires_grad))
+            parameter.requires_grad_(record)
+    try:
+        yield
+    finally:
+        for parameter, before in changed:
+            parameter.requires_grad_(before)
 
 
 def _can_record(parameter: Tensor) -> bool:

@@ -120,6 +120,7 @@ def frozen(graph: Graph, proof: Proof) -> Graph:
 def _freeze(step: Step, proof: Proof) -> Step:
     at = proof.places.get((step.node, 0))
     over_samples = not (isinstance(at, SampleAxis) and at.dim == 1)
-    if step.name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0") and over_samples:
+    named = step.name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+    if named and over_samples and step.saved("training"):
         return replace(step, name=f"{step.name}:frozen")
     return step

@@ -132,7 +132,7 @@ class _Run:
             self._check(job, captured)
         if self.fixed is None:
             known = memory.need([job.graph for job in work], captured.samples)
-            rows = max(job.seeds.rows for job in work)
+            rows = max(1, *(job.seeds.rows for job in work))
             best = memory.chunk(known, captured.samples, rows, self.left, self.whole)
             if first:
                 self.chunk = memory.chunk(known, self.problem.samples, rows, self.left, self.whole)
@@ -174,7 +174,7 @@ class _Run:
 
     def _sink(self, shape: tuple[int, ...], job: Job, goal: Goal) -> Sink:
         rows, target = job.seeds.width, goal.target
-        if self.problem.create_graph:
+        if self.problem.create_graph and 0 not in shape:
             return Collected(shape, rows)
         if self.out is not None:
             tensor = writable(self.out, shape, target.dtype, target.device)

@@ -28,18 +28,22 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
         if module is not None:
             before.note(module)
         else:
-            stack.enter_context(at_first_call(before.note))
+            stack.enter_context(_at_first_call(before.note))
         yield
     before.check()
 
 
 @contextlib.contextmanager
-def at_first_call(act: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call ``act`` on every module that runs in this block, before it runs the first time."""
+def _at_first_call(act: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``act`` on every module that runs in this block, before it runs the first time.
+
+    Inside a ``torch.func`` transform a module's tensors stand for others, so it is left alone.
+    """
     known: set[int] = set()
 
     def hook(module: nn.Module, args: Any) -> None:
-        if id(module) not in known:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if id(module) not in known and not transformed:
             known.add(id(module))
             act(module)
 
@@ -76,7 +80,7 @@ class _Before:
     def note(self, module: nn.Module) -> None:
         """Remember a module and all below it; what is known already stays as it was."""
         for child in module.modules():
-            if child not in self.attributes:
+            if child not in self.attributes and not isinstance(child, torch.jit.ScriptModule):
                 self.attributes[child] = _attributes(child)
         for buffer in module.buffers():
             if buffer not in self.buffers:
@@ -115,10 +119,14 @@ class _Before:
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
+def _is_table(name: str, value: Any) -> bool:
+    return name in _TABLES and isinstance(value, dict)  # a scripted module has other tables
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """A shallow copy of what the module holds, its tables of tensors and hooks included."""
     held = vars(module)
-    return {k: (type(v)(v) if k in _TABLES else v) for k, v in held.items()}
+    return {k: dict(v) if _is_table(k, v) else v for k, v in held.items()}
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
@@ -126,7 +134,7 @@ def _restore(module: nn.Module, before: dict[str, Any]) -> None:
     for name in [n for n in held if n not in before]:
         del held[name]
     for name, value in before.items():
-        if name in _TABLES and name in held:
+        if name in held and _is_table(name, held[name]):
             _restore_table(held[name], value)
         elif held.get(name) is not value:
             held[name] = value

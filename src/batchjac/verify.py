@@ -50,7 +50,7 @@ def trust(job: Job) -> None:
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
     """Whether a random combination of the rows equals one ``autograd.grad``; None if unknowable."""
     goals = [g for g in job.goals if g not in job.unreached()]
-    if not goals or job.problem.coupling == "frozen" or not job.y.requires_grad:
+    if not goals or not job.seeds.width or job.problem.coupling == "frozen" or not job.y.requires_grad:
         return None
     weights = _weights(job)
     cotangent = job.seeds.combined(weights)

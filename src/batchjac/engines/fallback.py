@@ -17,6 +17,10 @@ from batchjac.graph import Step
 
 Way = Literal["vmap", "rows"]
 
+# vmap runs these and answers wrongly: its rule for the backward of cdist takes the rows for a batch
+# of point sets (torch 2.13).
+WRONG_UNDER_VMAP = frozenset({"CdistBackward0"})
+
 
 def call(step: Step, blocks: Sequence[Block | None], way: Way) -> list[Block | None]:
     """All rows through the node itself, in the given way."""

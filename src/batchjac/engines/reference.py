@@ -57,6 +57,9 @@ def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -
     n = captured.samples
     if not target.per_sample and problem.coupling == "sum":
         raise InputError('coupling="sum" has no meaning for parameters, which all samples share')
+    if not rows.width:
+        inner = target.shape[1:] if target.per_sample and not rows.across else target.shape
+        return torch.zeros(n, *rows.shape, *inner, dtype=target.dtype)
     of_sample = [
         torch.stack([_gradient(problem, captured, y, target, c) for c in cotangents])
         for cotangents in _one_hot(rows, n)

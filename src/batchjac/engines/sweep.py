@@ -101,7 +101,7 @@ def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None
             return gradients
     # a step that stands for something else than its node ("...:frozen") must have a rule
     assert step.name == step.node.name(), f"{step.name} has no rule"
-    if step.name not in kernels.refused:
+    if step.name not in kernels.refused | fallback.WRONG_UNDER_VMAP:
         try:
             gradients = fallback.call(step, blocks, "vmap")
         except Exception as error:  # whatever vmap refuses, the plain call decides

@@ -121,6 +121,8 @@ def _starts(step: Step, dim: int) -> list[int | None]:
     shape = [1] * len(step.shape)
     shape[dim] = -1
     parts = step.node(place.reshape(shape).expand(step.shape))
+    if isinstance(parts, Tensor):  # of a single tensor
+        parts = (parts,)
     return [
         int(part.flatten()[0]) if edge and _in_cat(step, edge) and part.numel() else None
         for edge, part in zip(step.edges, parts, strict=True)
