@@ -28,7 +28,7 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
         if module is not None:
             before.note(module)
         else:
-            stack.enter_context(_at_first_call(before.note))
+            stack.enter_context(_at_first_call(lambda m: before.note(m, running=True)))
         yield
     before.check()
 
@@ -77,11 +77,18 @@ class _Before:
         self.buffers: dict[Tensor, tuple[Tensor, int]] = {}
         self.parameters: dict[Tensor, tuple[str, int, bool, Tensor | None]] = {}
 
-    def note(self, module: nn.Module) -> None:
-        """Remember a module and all below it; what is known already stays as it was."""
+    def note(self, module: nn.Module, running: bool = False) -> None:
+        """Remember a module and all below it; what is known already stays as it was.
+
+        A module that is ``running`` may have other tensors in its tables for the time of the call
+        (``torch.func.functional_call``); those tables are left to whoever changed them.
+        """
         for child in module.modules():
-            if child not in self.attributes and not isinstance(child, torch.jit.ScriptModule):
+            if child not in self.attributes:
                 self.attributes[child] = _attributes(child)
+                if running:
+                    for table in ("_parameters", "_buffers"):
+                        self.attributes[child].pop(table, None)
         for buffer in module.buffers():
             if buffer not in self.buffers:
                 self.buffers[buffer] = (buffer.detach().clone(), buffer._version)
@@ -131,7 +138,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
     held = vars(module)
-    for name in [n for n in held if n not in before]:
+    for name in [n for n in held if n not in before and n not in _TABLES]:
         del held[name]
     for name, value in before.items():
         if name in held and _is_table(name, held[name]):
