@@ -1,4 +1,4 @@
-"""The loops that the authors of the seeds used, kept to be timed and compared with.
+"""The loops that the authors of the questions in docs/from_your_loop.md used, to compare with.
 
 Both take a model and a batch ``x [N, *in]`` and return ``[N, out, *in]``.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 Loop = Callable[[nn.Module, Tensor], Tensor]
-SEED_4_BATCH = 12
+QUESTION_4_BATCH = 12
 
 
 def einsum_of_functional(model: nn.Module, x: Tensor) -> Tensor:
-    """Seed 4 and its answer: the doubled batch axis of 12 samples, of which the diagonal is kept.
+    """Question 4 and its answer: the doubled batch axis of 12 samples, of which the diagonal is kept.
 
     More samples at a time cost more per sample, since the zeros grow with their square.
 
@@ -23,14 +23,14 @@ def einsum_of_functional(model: nn.Module, x: Tensor) -> Tensor:
     torch.Size([15, 2, 3])
     """
     parts = []
-    for rows in x.split(SEED_4_BATCH):
+    for rows in x.split(QUESTION_4_BATCH):
         doubled = torch.autograd.functional.jacobian(model, rows, vectorize=True)
         parts.append(torch.einsum("bib...->bi...", doubled))
     return torch.cat(parts)
 
 
 def functional_per_sample(model: nn.Module, x: Tensor) -> Tensor:
-    """Seed 3: one ``functional.jacobian`` for each sample, each of shape ``[1, o, 1, *in]``.
+    """Question 3: one ``functional.jacobian`` for each sample, each of shape ``[1, o, 1, *in]``.
 
     >>> functional_per_sample(nn.Linear(3, 2), torch.zeros(5, 3)).shape
     torch.Size([5, 2, 3])
@@ -60,7 +60,7 @@ def compare(
     The time is the median of three runs, after one that is not counted.
     """
     subset = x[:samples]
-    loop(model, subset[:SEED_4_BATCH])
+    loop(model, subset[:QUESTION_4_BATCH])
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The two networks of the demo, after the texts the project starts from."""
+"""The two networks of the demo, after questions 3 and 4 of docs/from_your_loop.md."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class LeNet5(nn.Module):
     """Scores for `n_classes` from images ``[N, 1, 32, 32]``: logits ``[N, n_classes]``.
 
-    The layer sizes of seed 4, with the ReLUs and the pooling that turn 32 × 32 pixels
+    The layer sizes of question 4, with the ReLUs and the pooling that turn 32 × 32 pixels
     into the 400 features its classifier expects (16 channels × 5 × 5).
 
     Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998,
@@ -44,7 +44,7 @@ class LeNet5(nn.Module):
 class SignalNet(nn.Module):
     """Scores for three classes from signals ``[N, 1, 224]``: logits ``[N, 3]``.
 
-    Seed 3 gives these shapes and "a 1-D CNN", no layers; these are three convolutions that
+    Question 3 gives these shapes and "a 1-D CNN", no layers; these are three convolutions that
     halve the length twice, and a linear head that still knows where along the signal it is.
 
     >>> SignalNet()(torch.zeros(5, 1, 224)).shape
