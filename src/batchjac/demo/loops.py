@@ -15,7 +15,7 @@ QUESTION_4_BATCH = 12
 
 
 def einsum_of_functional(model: nn.Module, x: Tensor) -> Tensor:
-    """Question 4 and its answer: the doubled batch axis of 12 samples, of which the diagonal is kept.
+    """Question 4 and its answer: the diagonal of the doubled batch axis, 12 samples at a time.
 
     More samples at a time cost more per sample, since the zeros grow with their square.
 

@@ -100,8 +100,8 @@ def _measured(shape: tuple[int, ...], seconds: float, loop: Comparison) -> list[
     return [
         f"- Jacobian: {axes_in_words(shape)}.",
         f"- Time: {seconds:.2f} s for all {shape[0]} samples, measured.",
-        f"- The loop of the question ({loop.loop}): {loop.seconds:.2f} s for {loop.samples} samples, "
-        f"measured; about {loop.seconds_all:.1f} s for all {shape[0]}, extrapolated.",
+        f"- The loop of the question ({loop.loop}): {loop.seconds:.2f} s for {loop.samples} "
+        f"samples, measured; about {loop.seconds_all:.1f} s for all {shape[0]}, extrapolated.",
         f"- Largest difference from it on those {loop.samples} samples: "
         f"{loop.largest_difference:.1e}, where the largest entry is {loop.largest_entry:.1e}.",
     ]
