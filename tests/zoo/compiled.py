@@ -155,7 +155,8 @@ def jit_scripted() -> Any:
     return Made(Scripted(), torch.jit.script), torch.randn(4, 3)
 
 
-@case("jit_frozen", group=GROUP, expected=of_the_plain)
+# torch caches the frozen forward as an attribute at the first call, before any hook can look
+@case("jit_frozen", group=GROUP, expected=of_the_plain, may_change="attributes")
 def jit_frozen() -> Any:
     """Weights folded into constants of the graph."""
     make = lambda net: torch.jit.freeze(torch.jit.script(net.eval()))  # noqa: E731
