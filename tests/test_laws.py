@@ -169,7 +169,7 @@ def _call_as(inputs: Any, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @obeying("chunks")
-@pytest.mark.parametrize(("samples", "rows"), [(1, 1), (2, 7), (7, 1)])
+@pytest.mark.parametrize(("samples", "rows"), [(1, 7), (7, 1)])
 def test_chunks_change_nothing(case: Case, samples: int, rows: int) -> None:
     whole = jacobian(case)
     f, inputs = case.build()

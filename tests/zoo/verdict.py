@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,9 +31,32 @@ class Verdict:
     case: Case
     outcome: Outcome
     detail: str = ""
+    by_engine: bool = False  # the walk disagreed with autograd, which then did the work
+
+
+class Log(logging.Handler):
+    """What the library says while a case runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 def judge(case: Case) -> Verdict:
+    """The verdict on a case, and whether the walk itself came to it."""
+    logger, log = logging.getLogger("batchjac"), Log()
+    logger.addHandler(log)
+    try:
+        verdict = _judge(case)
+    finally:
+        logger.removeHandler(log)
+    return replace(verdict, by_engine=any("disagree" in line for line in log.said))
+
+
+def _judge(case: Case) -> Verdict:
     """The sweep equals the truth of the case or raises exactly the error it documents."""
     f, inputs = case.build()
     before = Snapshot.of(f, inputs)
@@ -154,7 +178,7 @@ def _tensor(name: str, x: Tensor) -> dict[str, Any]:
 
 def _module(name: str, module: nn.Module) -> dict[str, Any]:
     held = vars(module)
-    facts: dict[str, Any] = {f"{name} training": module.training}
+    facts: dict[str, Any] = {f"{name} training": getattr(module, "training", None)}
     facts[f"{name} attributes"] = sorted(held)
     for key, value in held.items():
         if "hooks" in key and hasattr(value, "__len__"):
