@@ -75,7 +75,10 @@ def test_the_same_run_gives_the_same_numbers(quick: Path, tmp_path: Path) -> Non
     names = sorted(path.name for path in quick.glob("*.npy"))
     assert names
     for name in names:
-        assert (tmp_path / name).read_bytes() == (quick / name).read_bytes()
+        again, first = (np.load(out / name, allow_pickle=False) for out in (tmp_path, quick))
+        assert again.dtype == first.dtype
+        # To rounding: how the samples are split depends on the memory that is free.
+        np.testing.assert_allclose(again, first, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

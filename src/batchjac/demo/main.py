@@ -45,8 +45,8 @@ def run(out: Path, quick: bool = False) -> None:
 
     Handwritten digits under a LeNet5 give ``[1797, 10, 1, 32, 32]``, planted signals under a
     1-D CNN ``[20000, 3, 1, 224]``; both are compared with the loops of the texts that batchjac
-    started from. With `quick` a small version of the same runs in a few seconds. The numbers are
-    the same each time on one machine, apart from the times.
+    started from. With `quick` a small version of the same runs in a few seconds. On one machine
+    the numbers are the same each time to rounding, apart from the times.
 
     Raises `batchjac.demo.extras.MissingExtraError` if a package of the extra is missing.
     """
