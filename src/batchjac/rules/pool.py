@@ -15,17 +15,15 @@ from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.registry import Blocks, rule
 from batchjac.rules.spatial import but_last, planes
+from batchjac.rules.zeros import onto
 
 
 def put(data: Tensor, dim: int, size: int, index: Tensor, add: bool) -> Tensor:
     """Zeros of ``size`` along ``dim`` with ``data[v]`` at ``index``, which all rows share."""
     sizes = list(data.shape)
     sizes[dim] = size
-    zeros = data.new_zeros(sizes)
-    places = index.expand(data.shape)
-    if torch.is_grad_enabled():
-        return (zeros.scatter_add if add else zeros.scatter)(dim, places, data)
-    return (zeros.scatter_add_ if add else zeros.scatter_)(dim, places, data)
+    method = "scatter_add" if add else "scatter"
+    return onto(data.new_zeros(sizes), method, dim, index.expand(data.shape), data)
 
 
 def _overlap(step: Step) -> bool:

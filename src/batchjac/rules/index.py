@@ -1,0 +1,212 @@
+"""Nodes that move entries by an index: select, gather, scatter, sort, advanced indexing, embedding.
+
+The index is the same for all rows and is expanded over them, never copied. What was gathered from
+several places adds up there; what was overwritten gets zero, whatever its cotangent.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.graph import Edge, Step
+from batchjac.rules.apart import split
+from batchjac.rules.pool import put
+from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.zeros import onto
+from batchjac.samples import SHARED, Place, SampleAxis, moved
+
+
+def added(data: Tensor, dim: int, size: int, index: Tensor) -> Tensor:
+    """Zeros of ``size`` along ``dim`` to which ``data[..., k, ...]`` is added at ``index[k]``."""
+    sizes = list(data.shape)
+    sizes[dim] = size
+    return onto(data.new_zeros(sizes), "index_add", dim, index, data)
+
+
+def _across(step: Step, at: SampleAxis) -> list[Place]:
+    """Samples stay apart along every axis but the indexed one, where the whole of it is used."""
+    if not step.shape or at.dim == step.saved("dim") % len(step.shape):
+        return [None for _ in step.edges]
+    size = step.shape[at.dim]
+    return [at if e and e.shape[at.dim] == size else None for e in step.edges]
+
+
+@rule("IndexSelectBackward0", samples=_across)
+def index_select(step: Step, blocks: Blocks) -> Any:
+    """``y[k] = x[i_k]``: ``g[v,k]`` added at ``i_k``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not edge.shape:
+        return NotImplemented
+    dim = step.saved("dim") % len(edge.shape)
+    index = step.saved("index").reshape(-1)
+    return [Block(added(g.spread(dim), dim + 1, edge.shape[dim], index), edge.shape)]
+
+
+@rule("GatherBackward0", samples=_across)
+def gather(step: Step, blocks: Blocks) -> Any:
+    """``y[..., k, ...] = x[..., i(..., k, ...), ...]``: ``g[v]`` added at ``i``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not edge.shape or step.saved("sparse_grad"):
+        return NotImplemented
+    dim = step.saved("dim") % len(edge.shape)
+    index = step.saved("index").expand(g.rows, *g.shape)
+    zeros = g.data.new_zeros(g.rows, *edge.shape)
+    return [Block(onto(zeros, "scatter_add", dim + 1, index, g.full()), edge.shape)]
+
+
+@rule("SortBackward0", "SortBackward1", "TopkBackward0", samples=_across)
+def sort(step: Step, blocks: Blocks) -> Any:
+    """``y[..., k, ...] = x[..., i(..., k, ...), ...]``, each entry once: ``g[v]`` at ``i``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not edge.shape:
+        return NotImplemented
+    dim = step.saved("dim") % len(edge.shape)
+    data = put(g.full(), dim + 1, edge.shape[dim], step.saved("indices"), add=False)
+    return [Block(data, edge.shape)]
+
+
+def _source(step: Step, g: Block) -> Tensor:
+    """``g`` at the places of the index, for what was put there."""
+    index = step.saved("index").expand(g.rows, *step.saved("index").shape)
+    return g.full().gather(step.saved("dim") % len(g.shape) + 1, index)
+
+
+@rule("ScatterBackward0", "ScatterBackward1", "ScatterAddBackward0", samples=_across)
+def scatter(step: Step, blocks: Blocks) -> Any:
+    """``y = x``, at ``i`` replaced by or added to ``z``: ``g[v]``, zero at what was replaced.
+
+    Toward z: ``g[v]`` at ``i``.
+    """
+    (g,) = blocks
+    assert g is not None
+    x, source = step.wanted(0), step.wanted(1)
+    index = step.saved("index")
+    if not g.shape or (source is not None and source.shape != tuple(index.shape)):
+        return NotImplemented
+    found: list[Block | None] = [None] * len(step.edges)
+    if x is not None:
+        found[0] = g
+        if not step.name.startswith("ScatterAdd"):
+            where = index.expand(g.rows, *index.shape)
+            dim = step.saved("dim") % len(g.shape) + 1
+            found[0] = g.with_data(g.full().scatter(dim, where, 0))
+    if source is not None:
+        found[1] = Block(_source(step, g), source.shape)
+    return found
+
+
+@rule("IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0", samples=_across)
+def index_into(step: Step, blocks: Blocks) -> Any:
+    """``y = x``, at ``i_k`` replaced by or added to ``z[k]``: ``g[v]``, zero at what was replaced.
+
+    Toward z: ``g[v, i_k]``, times what ``z`` was multiplied by.
+    """
+    (g,) = blocks
+    assert g is not None
+    factor = step.saved("alpha") if step.has("alpha") else 1
+    if not g.shape or isinstance(factor, complex):
+        return NotImplemented
+    dim = step.saved("dim") % len(g.shape)
+    index = step.saved("index").reshape(-1)
+    found: list[Block | None] = [None] * len(step.edges)
+    x, source = step.wanted(0), step.wanted(1)
+    if x is not None:
+        adds = step.name.startswith("IndexAdd")
+        found[0] = g if adds else g.with_data(g.spread(dim).index_fill(dim + 1, index, 0))
+    if source is not None:
+        data = g.data if g.data.shape[dim + 1] == 1 else g.data.index_select(dim + 1, index)
+        found[1] = Block(data if factor == 1 else data * factor, source.shape)
+    return found
+
+
+@rule("MaskedSelectBackward0", samples=lambda step, at: [None])
+def masked_select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x`` where the mask holds, in row-major order: ``g[v]`` there, zero elsewhere."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    mask = step.saved("mask")
+    shape = torch.broadcast_shapes(mask.shape, edge.shape)
+    zeros = g.data.new_zeros(g.rows, *shape)
+    data = onto(zeros, "masked_scatter", mask.expand(zeros.shape), g.full())
+    return [Block(data, tuple(shape)).sum_to(edge.shape)]
+
+
+@rule("TakeBackward0", samples=lambda step, at: [None])
+def take(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y[k] = x.flatten()[i_k]``: ``g[v,k]`` added at ``i_k``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    index = step.saved("index").flatten()
+    size = math.prod(edge.shape)
+    flat = g.reshape((index.numel(),)).full()
+    return [Block(added(flat, 1, size, index % size).reshape(g.rows, *edge.shape), edge.shape)]
+
+
+def _embedding_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """The indices have the samples, the table has none; features stay apart."""
+    features = len(step.shape) - 1
+    return [moved(at, 1) if at.dim == features else SHARED]
+
+
+def _tables(step: Step, g: Tensor, index: Tensor, edge: Edge, count: int = 1) -> Tensor:
+    """``g[v,k,d]`` added at ``index[k]`` of ``count`` tables one after the other, [v*count, i, d].
+
+    Nothing is added for the word that only fills up sentences.
+    """
+    words = edge.shape[0]
+    ignored = index % words == step.saved("padding_idx")
+    if ignored.any():
+        g = g.masked_fill(ignored[:, None], 0)
+    return added(g, 1, count * words, index).reshape(-1, *edge.shape[:1], g.shape[2])
+
+
+def _embedding_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
+    """``g[v,n,k,d]`` added at ``index[n,k]`` of sample ``n``'s own table."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not _dense(step):
+        return NotImplemented
+    index = split(step.saved("indices"), g.shape, at, at.dim).movedim(at.dim + 1, 0)
+    samples = index.shape[0]
+    table = torch.arange(samples, device=index.device)
+    index = index.reshape(samples, -1) + edge.shape[0] * table[:, None]
+    data = split(g.spread(*range(len(g.shape) - 1)), g.shape, at, at.dim + 1)
+    flat = data.movedim(at.dim + 2, 1).flatten(1, -2)
+    return [Block(_tables(step, flat, index.flatten(), edge, samples), edge.shape)]
+
+
+def _dense(step: Step) -> bool:
+    return not step.saved("scale_grad_by_freq") and not step.saved("sparse")
+
+
+@rule("EmbeddingBackward0", samples=_embedding_samples, per_sample=_embedding_alone)
+def embedding(step: Step, blocks: Blocks) -> Any:
+    """``y[k,d] = w[i_k, d]``: ``g[v,k,d]`` added at ``i_k``."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    if not _dense(step):
+        return NotImplemented
+    flat = g.spread(*range(len(g.shape) - 1))
+    flat = flat.reshape(g.rows, -1, flat.shape[-1])
+    return [Block(_tables(step, flat, step.saved("indices").flatten(), edge), edge.shape)]
