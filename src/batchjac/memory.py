@@ -6,25 +6,38 @@
 at one moment of the walk, for one sample and one row.
 """
 
+import ctypes
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from batchjac.errors import BudgetError, InputError, InputTypeError
-from batchjac.graph import Graph, Meta
+from batchjac.graph import Graph, Meta, Slot
 
 SHARE = 0.5  # of what is free, unless max_memory says otherwise
+# The forward keeps masks, indices and copies the graph does not name, and computes beside them.
+FORWARD = 2.0
 # A node computes its gradient beside what it reads (im2col columns, a padded copy, a cast), and
-# the forward keeps masks, indices and copies the graph does not name: counted as once more.
-SLACK = 2.0
-# Blocks that stay in the last-level cache; larger ones stream through memory at a tenth the speed.
-# Source: docs/performance notes, tuned on 2 cores; any value from 4 to 32 MiB is within 10 %.
-CACHE = 8 << 20
+# the allocator leaves holes. Source: tests/test_memory.py, whose cases stay below their budgets.
+WALK = 3.0
+# What a walk may touch at a time. More leaves the last-level cache, and blocks above 32 MiB are
+# fresh pages every time, which glibc maps at a tenth of the speed of reused ones.
+# Source: eleven models timed at up to twelve chunk sizes each, 32 MiB of L3: the best was at 50 to
+# 110 MiB of predicted blocks and up to four times faster than all rows at once.
+CACHE = 96 << 20
+# Bytes of activations for one byte of input and one output channel of any layer: four of them
+# where the input is a byte, before and after the activation function, and once more beside.
+_PER_CHANNEL = 4
+# The same where no layer can be seen, for one byte of input, and for one of an integer input,
+# which is an index into an embedding.
+_GROWTH, _GROWTH_OF_INDEX = 1_000, 100_000
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}  # fmt: skip
@@ -46,7 +59,7 @@ class Chunk:
     rows: int
 
 
-def budget(max_memory: int | str | None, device: torch.device) -> int:
+def budget(max_memory: float | str | None, device: torch.device) -> int:
     """The promise in bytes: what the caller allows, or a share of what is free."""
     if max_memory is None:
         return int(SHARE * free(device))
@@ -56,16 +69,19 @@ def budget(max_memory: int | str | None, device: torch.device) -> int:
         raise InputTypeError(
             f'max_memory must be bytes or text such as "512MiB", got {type(max_memory).__name__}'
         )
-    if not max_memory > 0:
-        raise InputError(f"max_memory must be positive, got {max_memory}")
+    if not 1 <= max_memory < math.inf:
+        raise InputError(f"max_memory must be at least one byte, and finite, got {max_memory}")
     return int(max_memory)
 
 
 def _parse(text: str) -> int:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS or match[1].count(".") > 1:
-        raise InputError(f'max_memory must be bytes or text such as "512MiB", got {text!r}')
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if size < 1:
+        raise InputError(
+            f'max_memory must be bytes or text such as "512MiB", more than none, got {text!r}'
+        )
+    return size
 
 
 def free(device: torch.device) -> int:
@@ -95,47 +111,125 @@ def _cgroup() -> int:
     return int(limit) - int(used) if limit.isdigit() else 1 << 62
 
 
+class Heap:
+    """Pages that were freed but stayed with the process, handed back before they break a promise.
+
+    glibc rarely gives a freed aligned block to the next request of the same size, so that a loop
+    over chunks comes to hold several times what is alive in it.
+    """
+
+    def __init__(self, left: int) -> None:
+        self.limit = left // 4
+        self.start = _resident()
+
+    def settle(self, written: int) -> None:
+        """Call where little is alive but the ``written`` bytes of the result."""
+        if _trim is not None and _resident() - self.start - written > self.limit:
+            _trim(0)
+
+
+def _libc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; musl has none
+
+
+_trim = _libc_trim()
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, files aside."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _size(meta: Meta) -> int:
     return math.prod(meta.shape) * meta.dtype.itemsize
 
 
-def need(graphs: Sequence[Graph], samples: int) -> Need:
-    """What these graphs, recorded on this many samples, hold for each of them."""
-    saved = sum(_size(m) for g in graphs for step in g.steps for m in step.outputs)
-    live = max((_live(g) for g in graphs), default=0)
-    return Need(math.ceil(SLACK * saved / samples), max(1, math.ceil(live / samples)))
+# Nodes whose output is a view of what they took: it costs nothing more to keep.
+_VIEWS = re.compile(
+    r"(Alias|AsStrided|Chunk|Diagonal|Expand|Permute|ReshapeAlias|Select|Slice|Split|SplitWithSizes"
+    r"|Squeeze|T|Transpose|Unbind|Unfold|UnsafeSplit|UnsafeView|Unsqueeze|View|ViewAsReal"
+    r"|ViewAsComplex)Backward\d+"
+)
 
 
-def _live(graph: Graph) -> int:
+def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -> Need:
+    """What these graphs, recorded on this many samples, hold for each of them.
+
+    ``shared`` slots hold what all samples share: the forward keeps one, but the walk one for every
+    row and sample.
+    """
+    steps = {step.node: step for graph in graphs for step in graph.steps}.values()
+    saved = sum(
+        _size(meta)
+        for step in steps
+        if not _VIEWS.fullmatch(step.name)
+        for k, meta in enumerate(step.outputs)
+        if (step.node, k) not in shared
+    )
+    live = max((_live(g, samples, shared) for g in graphs), default=0)
+    return Need(math.ceil(FORWARD * saved / samples), max(1, math.ceil(live / samples)))
+
+
+def _live(graph: Graph, samples: int, shared: Collection[Slot]) -> int:
     """The most bytes of blocks at one moment of a walk, for one row."""
-    pending: dict[tuple[object, int], int] = {}
+
+    def size(slot: Slot, meta: Meta) -> int:
+        return _size(meta) * (samples if slot in shared else 1)
+
+    pending: dict[Slot, int] = {}
     peak = 0
     for step in graph.steps:
-        own = sum(_size(m) for m in step.outputs)
+        slots = [(step.node, k) for k in range(len(step.outputs))]
+        own = {s: size(s, m) for s, m in zip(slots, step.outputs, strict=True)}
+        onward = {(e.node, e.slot): size((e.node, e.slot), e.meta) for e in step.edges if e}
         waiting = sum(pending.values())
-        for k, meta in enumerate(step.outputs):
-            if pending.pop((step.node, k), None) is not None and (step.node, k) in graph.targets:
-                pending[(step.node, -1 - k)] = _size(meta)
-        edges = [e for e in step.edges if e is not None]
-        onward = sum(_size(e.meta) for e in edges)
-        peak = max(peak, waiting + int(SLACK * (own + onward)))
-        for edge in edges:
-            pending[(edge.node, edge.slot)] = _size(edge.meta)
+        peak = max(peak, waiting + int(WALK * (sum(own.values()) + sum(onward.values()))))
+        for slot in slots:
+            if pending.pop(slot, None) is not None and slot in graph.targets:
+                pending[(step.node, -1 - slot[1])] = own[slot]
+        pending.update(onward)
     return peak
+
+
+def first(
+    tensors: Sequence[Tensor], module: nn.Module | None, samples: int, allowed: int, told: bool
+) -> int:
+    """How many samples the first forward takes, before anything is known but its inputs.
+
+    All of them where a generous guess says that they fit. ``told``: the caller set the budget, so
+    that without a module to guess from, two samples tell what one needs.
+    """
+    if module is None and told:
+        return min(samples, 2)
+    each = sum(t.numel() * _growth(t, module) * t.element_size() for t in tensors) // samples
+    return max(min(samples, 2), min(samples, allowed // max(1, each)))
+
+
+def _growth(tensor: Tensor, module: nn.Module | None) -> int:
+    """Bytes that a forward holds for one byte of this input."""
+    if module is None:
+        return _GROWTH if tensor.is_floating_point() else _GROWTH_OF_INDEX
+    channels = sum(p.shape[0] for p in module.parameters() if p.dim() > 1)
+    return max(_PER_CHANNEL * channels, 64)
 
 
 def chunk(need: Need, samples: int, rows: int, left: int, whole: bool) -> Chunk:
     """The largest chunk within ``left`` bytes: all rows first, then as many samples as fit.
 
-    ``whole`` keeps all samples together, because they depend on each other. Rows are then cut so
-    that a block stays in the cache.
+    ``whole`` keeps all samples together, because they depend on each other. What fits is cut once
+    more so that a walk stays in the cache: rows, which takes no second forward; samples only where
+    one row of all of them is too large.
     """
+    rows = max(1, rows)
     per_sample = need.saved + rows * need.live
-    count = samples if whole else min(samples, left // per_sample)
-    if count >= 1 and count * per_sample <= left:
-        return Chunk(count, rows)
-    count = samples if whole else 1
-    fitting = (left // count - need.saved) // need.live
+    count = samples if whole else max(1, min(samples, left // per_sample))
+    fitting = min(rows, (left // count - need.saved) // need.live)
     if fitting < 1:
         least = count * (need.saved + need.live)
         raise BudgetError(
@@ -144,7 +238,9 @@ def chunk(need: Need, samples: int, rows: int, left: int, whole: bool) -> Chunk:
             f"{_text(least)}; allow at least {_text(least - left)} more, or pass out= a "
             "memory-mapped array if the result is what is large"
         )
-    return Chunk(count, min(rows, fitting))
+    if not whole and count * need.live > CACHE:
+        count = min(count, max(1, CACHE // (need.saved + need.live)))
+    return Chunk(count, max(1, min(fitting, CACHE // (count * need.live))))
 
 
 def _text(size: int) -> str:

@@ -20,21 +20,18 @@ from batchjac.errors import (
     OutError,
     is_out_of_memory,
 )
-from batchjac.graph import Graph
+from batchjac.graph import Graph, Slot
 from batchjac.independence import Proof, leaks, prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.locate import modules
 from batchjac.memory import Chunk
 from batchjac.problem import Problem
+from batchjac.samples import SHARED
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.state import untouched
 from batchjac.tree import Tree, flatten
 
 log = logging.getLogger("batchjac")
-
-# A first chunk is taken before anything is known; a forward seldom holds more than this many
-# times its input, and a chunk that does not fit is halved.
-_GROWTH = 1000
 
 
 def solve(
@@ -47,7 +44,7 @@ def solve(
     allowed = memory.budget(max_memory, device)
     _count_nan(problem)
     with untouched(problem.module):
-        return _Run(problem, allowed, out, fixed).answer()
+        return _Run(problem, allowed, max_memory is not None, out, fixed).answer()
 
 
 def _count_nan(problem: Problem) -> None:
@@ -68,6 +65,7 @@ class _Run:
 
     problem: Problem
     allowed: int
+    told: bool  # the caller set the budget
     out: Any
     fixed: Chunk | None
     sinks: dict[Part, Sink] = field(default_factory=dict)
@@ -88,6 +86,7 @@ class _Run:
         """All chunks of samples, then the nested result."""
         start, n = 0, self.problem.samples
         self.chunk = self._first()
+        heap = memory.Heap(self.allowed)
         while start < n:
             stop = min(n, start + self.chunk.samples)
             try:
@@ -100,6 +99,7 @@ class _Run:
                 gc.collect()
             if done:
                 start = stop
+                heap.settle((self.allowed - self.left) * stop // n)
         self._report()
         assert self.skeleton is not None
         return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
@@ -112,8 +112,8 @@ class _Run:
         if self.whole:
             return Chunk(n, 1 << 62)
         tensors = [t for t in self.problem.tree.leaves if isinstance(t, Tensor)]
-        each = max(1, sum(t.numel() * t.element_size() for t in tensors) // n)
-        return Chunk(max(min(n, 2), min(n, self.allowed // (_GROWTH * each))), 1 << 62)
+        samples = memory.first(tensors, self.problem.module, n, self.allowed, self.told)
+        return Chunk(samples, 1 << 62)
 
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
@@ -131,7 +131,8 @@ class _Run:
         for job in work:
             self._check(job, captured)
         if self.fixed is None:
-            known = memory.need([job.graph for job in work], captured.samples)
+            shared = _shared(work)
+            known = memory.need([job.graph for job in work], captured.samples, shared)
             rows = max(1, *(job.seeds.rows for job in work))
             best = memory.chunk(known, captured.samples, rows, self.left, self.whole)
             if first:
@@ -241,6 +242,17 @@ class _Run:
             return last.build(last.leaves)
         columns = zip(*(tree.leaves for tree in self.values), strict=True)
         return last.build([_joined(column) for column in columns])
+
+
+def _shared(work: Sequence[Job]) -> set[Slot]:
+    """What all samples share on the way to parameters."""
+    return {
+        slot
+        for job in work
+        if job.root is not None and not all(g.target.per_sample for g in job.goals)
+        for slot, place in job.proof.places.items()
+        if place is SHARED
+    }
 
 
 def _detached(leaf: Any) -> Any:
