@@ -247,6 +247,7 @@ GATED = [
     *gated("FmaxBackward0", torch.fmax, (4, 3), (4, 1)),
     *gated("FminBackward0", torch.fmin, (3,), (4, 3)),
     *gated("PreluKernelBackward0", F.prelu, (4, 3), (3,), second=False),  # torch differs at 0
+    *gated("PreluKernelBackward0", torch._prelu_kernel, (4, 3), (4, 3), second=False),
     several("PreluKernelBackward0", F.prelu, (4, 3), (3,)),
 ]
 
