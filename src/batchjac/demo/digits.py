@@ -74,15 +74,7 @@ def shaken(x: Tensor, draw: torch.Generator) -> Tensor:
 def run_digits(out: Path, *, n: int | None, epochs: int, compared: int) -> DigitsResult:
     """Train, differentiate all digits, compare `compared` of them with the loop, and draw."""
     digits = load_digits(n)
-    torch.manual_seed(0)
-    model = fit(
-        LeNet5(n_classes=10),
-        digits.x[digits.train],
-        digits.labels[digits.train],
-        epochs=epochs,
-        seed=0,
-        augment=shaken,
-    )
+    model = trained(digits, epochs)
 
     start = time.perf_counter()
     jacobian = batchjac.jacobian(model, digits.x)
@@ -113,6 +105,15 @@ def run_digits(out: Path, *, n: int | None, epochs: int, compared: int) -> Digit
         test_samples=len(digits.test),
         files=("digits.png", "digits_jacobian.npy", "digits_labels.npy"),
     )
+
+
+def trained(digits: Digits, epochs: int) -> nn.Module:
+    """Return a `LeNet5` fitted to the training part of `digits`, moved about a little."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LeNet5(n_classes=10)
+    x, labels = digits.x[digits.train], digits.labels[digits.train]
+    return fit(model, x, labels, epochs=epochs, seed=0, augment=shaken)
 
 
 def examples(model: nn.Module, digits: Digits) -> Tensor:
