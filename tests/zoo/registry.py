@@ -39,7 +39,7 @@ class Case:
     expected: Callable[[Function, Any], Any] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     without: frozenset[str] = frozenset()
-    may_change: str = ""  # the part of a name that the documented error says is not undone
+    may_change: str = ""  # in the names of what nobody can undo; the case says why
 
     @property
     def seed(self) -> int:

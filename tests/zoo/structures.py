@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .registry import NOT_ITS_SLOPE, case
 
 GROUP = "inputs and outputs"
+ROUNDED = NOT_ITS_SLOPE | {"compose"}  # float32 somewhere: these two laws are held to float64
 
 
 @case("two_inputs_tuple", group=GROUP)
@@ -228,7 +229,7 @@ def output_with_a_negative_bit() -> Any:
     return lambda x: torch.fft.rfft(x.sin(), dim=1).conj().imag, torch.randn(3, 4)
 
 
-@case("output_of_another_precision", group=GROUP, tolerance=1e-5, without=NOT_ITS_SLOPE)
+@case("output_of_another_precision", group=GROUP, tolerance=1e-5, without=ROUNDED)
 def output_of_another_precision() -> Any:
     net = nn.Linear(3, 2)
     return lambda x: {"half": net(x).float().tanh(), "whole": net(x).exp()}, torch.randn(4, 3)
@@ -273,7 +274,7 @@ def same_tensor_for_two_inputs() -> Any:
     return lambda a, b: a * b.exp(), (x, x)
 
 
-@case("two_precisions_in", group=GROUP, tolerance=1e-5, without=NOT_ITS_SLOPE)
+@case("two_precisions_in", group=GROUP, tolerance=1e-5, without=ROUNDED)
 def two_precisions_in() -> Any:
     """Each block of the result has the precision of its input."""
     return lambda a, b: a.sin() * b.sum(1, keepdim=True), (

@@ -74,7 +74,9 @@ def _judge(case: Case) -> Verdict:
         return Verdict(case, "wrong", f"raised {type(error).__name__}: {error}")
     if case.expects is not None:
         return Verdict(case, "wrong", f"raised nothing instead of {case.expects.__name__}")
-    return _verdict(case, "right", difference(found, truth(case), case) or before.changes())
+    return _verdict(
+        case, "right", difference(found, truth(case), case) or before.changes(case.may_change)
+    )
 
 
 def _verdict(case: Case, outcome: Outcome, objection: str) -> Verdict:
