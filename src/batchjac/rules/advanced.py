@@ -10,7 +10,7 @@ from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.registry import Blocks, rule
 from batchjac.rules.zeros import onto
-from batchjac.samples import Place, SampleAxis
+from batchjac.samples import Place, SampleAxis, moved
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def _rows_first(data: Tensor, layout: _Layout) -> Tensor:
 def _place(layout: _Layout, at: SampleAxis, size: int, sizes: tuple[int, ...]) -> Place:
     """An axis that no tensor indexes; or one that a tensor counts through, 0, 1, 2, ..."""
     if at.dim in layout.places:
-        return SampleAxis(layout.rest[layout.places.index(at.dim)], at.outer, at.inner)
+        return moved(at, layout.rest[layout.places.index(at.dim)])
     own = at.dim - layout.first
     for dim, index in enumerate(layout.indices):
-        if index is None or not at.whole or sizes[dim] != size:
+        if index is None or sizes[dim] != size:
             continue
         count = torch.arange(size, device=index.device)
         count = count.reshape(-1, *(1,) * (len(layout.shape) - own - 1))
         if torch.equal(index.expand(layout.shape), count.expand(layout.shape)):
-            return SampleAxis(dim)
+            return moved(at, dim)
     return None
 
 
@@ -112,7 +112,7 @@ def _put_samples(step: Step, at: SampleAxis) -> list[Place]:
         lead = len(layout.rest) + len(layout.shape) - len(written.shape)
         dim = layout.places[layout.rest.index(at.dim)] - lead
         if dim >= 0 and written.shape[dim] == step.shape[at.dim]:
-            values = SampleAxis(dim, at.outer, at.inner)
+            values = moved(at, dim)
     return [x, values]
 
 
