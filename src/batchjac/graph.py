@@ -63,7 +63,7 @@ class Step:
         """Edge ``k``; ``None`` also where the node has no such edge."""
         return self.edges[k] if k < len(self.edges) else None
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the first output."""
         return self.outputs[0].shape
@@ -95,7 +95,7 @@ class Graph:
     steps: tuple[Step, ...]
     targets: frozenset[Slot]
 
-    @property
+    @cached_property
     def reaches(self) -> frozenset[Node]:
         """The nodes on a path to a target."""
         return frozenset(step.node for step in self.steps)
@@ -123,15 +123,16 @@ def _postorder(roots: Sequence[Node], goals: set[Node]) -> tuple[list[Node], dic
     order: list[Node] = []
     reaches: dict[Node, bool] = {}
     for root in roots:
-        stack = [(root, False)]
+        stack: list[tuple[Node, list[Node] | None]] = [(root, None)]
         while stack:
-            node, done = stack.pop()
-            children = [c for c, _ in node.next_functions if c is not None]
-            if done:
-                if node not in reaches:
-                    reaches[node] = node in goals or any(reaches[c] for c in children)
-                    order.append(node)
-            elif node not in reaches:
-                stack.append((node, True))
-                stack.extend((c, False) for c in children if c not in reaches)
+            node, children = stack.pop()
+            if node in reaches:
+                continue
+            if children is None:  # on the way down
+                children = [c for c, _ in node.next_functions if c is not None]
+                stack.append((node, children))
+                stack.extend((c, None) for c in children if c not in reaches)
+            else:
+                reaches[node] = node in goals or any(reaches[c] for c in children)
+                order.append(node)
     return order, reaches
