@@ -14,6 +14,7 @@ import batchjac
 from batchjac.engines import reference
 from batchjac.errors import CouplingError
 from tests.zoo import CASES, Case, mixing, registry, rowloop, seeded
+from tests.zoo.arrangements import ARRANGEMENTS, MIXERS, REDUCERS
 from tests.zoo.rowloop import differentiable, tree_map
 from tests.zoo.verdict import Snapshot, difference, judge
 
@@ -232,6 +233,48 @@ def test_coupling_that_comes_with_the_data_is_seen(one: int, other: int) -> None
     else:
         with pytest.raises(CouplingError):
             batchjac.jacobian(model, x)
+
+
+def check_against_gradients(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> bool:
+    """Coupled exactly if some gradient says so, and right if none does; which of the two."""
+    start = x.clone().requires_grad_()
+    y = f(start * 1)
+    weights = torch.randn_like(y[0])
+    each = [torch.autograd.grad((row * weights).sum(), start, retain_graph=True)[0] for row in y]
+    others = ~torch.eye(len(x), dtype=torch.bool)
+    grads = torch.stack(each)  # [output's sample, input's sample, ...]
+    coupled = bool(grads[others].any())
+    try:
+        found = batchjac.jacobian(f, x)
+    except CouplingError:
+        assert coupled, "refused, though no gradient crosses samples"
+    else:
+        assert not coupled, "not refused, though a gradient crosses samples"
+        contracted = torch.einsum(
+            "no,no...->n...", weights.expand_as(y).flatten(1), found.flatten(1, y.dim() - 1)
+        )
+        torch.testing.assert_close(contracted, grads[~others])
+    return coupled
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_coupling_along_every_axis(arrangement: str, mixer: str) -> None:
+    axes, there, back = ARRANGEMENTS[arrangement]
+    x = torch.randn(*[4] * axes, dtype=torch.float64)
+    for dim in range(there(x).dim()):
+        check_against_gradients(lambda x, dim=dim: back(MIXERS[mixer](there(x), dim)), x)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_coupling_of_what_takes_an_axis_away(reducer: str) -> None:
+    x = torch.randn(4, 4, 4, dtype=torch.float64)
+    found = [
+        check_against_gradients(lambda x, dim=dim: REDUCERS[reducer](x.sin(), dim), x)
+        for dim in range(3)
+    ]
+    assert found[0]
+    assert not all(found) or reducer == "diagonal with the next"
 
 
 def test_the_zoo_is_large_and_names_are_unique() -> None:
