@@ -8,13 +8,16 @@ from pathlib import Path
 from batchjac.rules import registry
 
 # Batch norm with frozen statistics is no node of torch's; test_norm builds it from one in training.
-# The other names exist on CUDA devices only.
+# The other names exist on CUDA devices only; test_norm and test_attention have stand-ins for them.
 ELSEWHERE = {
     "NativeBatchNormBackward0:frozen",
     "NativeBatchNormLegitBackward0:frozen",
     "NativeBatchNormLegitBackward1:frozen",
     "CudnnBatchNormBackward0",
     "CudnnBatchNormBackward0:frozen",
+    "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
 }
 
 

@@ -165,3 +165,21 @@ def test_what_is_frozen_stays_so_in_second_derivatives():
     found = torch.autograd.grad(toward_x.data.sum(), (x, weight), allow_unused=True)
     assert found[0] is None
     assert found[1].ne(0).all()
+
+
+@pytest.mark.parametrize("build", [trained, evaluated])
+def test_cudnn_saves_the_same_under_the_same_names(build: object):
+    """Without the device: the names exist on the node's type, and the formula reads no others."""
+    kind = torch._C._functions.CudnnBatchNormBackward0
+    names = (
+        "input", "weight", "training", "result1", "result2", "running_mean", "running_var",
+        "epsilon",
+    )  # fmt: skip
+    assert all(hasattr(kind, f"_saved_{name}") for name in names)
+    recorded = record(Case(BATCH[0], build, ((4, 3, 2), (3,), (3,))))  # type: ignore[arg-type]
+    step = replace(recorded.step, name="CudnnBatchNormBackward0")
+    rule = registry.find(step)
+    assert rule is not None
+    blocks = random_blocks(step, ())
+    with torch.no_grad():
+        same(arrived(step, rule.reverse(step, blocks)), by_rows(recorded.step, blocks), F64)
