@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,8 +106,7 @@ def settings(info: Any, training: bool, count: int) -> list[Setting]:
 
 
 def _inputs(info: Any, training: bool, seed: int) -> list[Any]:
-    with seeded(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with seeded(seed):
         made = info.module_inputs_func(
             info, device="cpu", dtype=torch.float64, requires_grad=True, training=training
         )

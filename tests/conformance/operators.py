@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -124,8 +123,7 @@ def batches(op: Any, dtype: torch.dtype) -> list[tuple[Batch, Function]]:
 
 
 def _samples(op: Any, dtype: torch.dtype, seed: int) -> list[Any]:
-    with seeded(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with seeded(seed):
         made = op.sample_inputs("cpu", dtype, requires_grad=True)
         return list(itertools.islice(made, SAMPLES_SEEN))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 
 import torch
 
@@ -69,7 +71,7 @@ def zoo_subjects(progress: Progress) -> list[Subject]:
     found: dict[str, Subject] = {}
     for case in CASES:
         subject = found.setdefault(case.group, Subject(case.group))
-        with warnings.catch_warnings(), seeded(SEED):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), seeded(SEED):
             warnings.simplefilter("ignore")
             verdict = judge_architecture(case)
         subject.samples.add(case.name)
