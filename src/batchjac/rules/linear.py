@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchjac import kernels
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample, split
@@ -136,7 +137,13 @@ def products(step: Step, blocks: Blocks) -> Any:
     found: list[Block | None] = [None] * len(step.edges)
     found[0] = c  # when nothing is added this is the first factor, filled in below
     for f in _factors(step, product):
-        sentence = ",".join(("v" + product.out, *f.letters))
-        data = torch.einsum(f"{sentence}->v{f.mine}", g.data, *f.others)
-        found[f.edge] = _block(step, f, data)
+        found[f.edge] = _block(step, f, _toward(product, f, g.data))
     return found
+
+
+def _toward(product: Product, f: Factor, g: Tensor) -> Tensor:
+    """The sentence read backwards; a matrix that all rows go through has a kernel of its own."""
+    if (product.out, f.mine, *f.letters) == ("no", "nk", "ko") and g.shape[-1] == len(f.others[0].T):
+        return kernels.linear(g, f.others[0])
+    sentence = ",".join(("v" + product.out, *f.letters))
+    return torch.einsum(f"{sentence}->v{f.mine}", g, *f.others)
