@@ -27,6 +27,9 @@ FORWARD = 2.0
 # A node computes its gradient beside what it reads (im2col columns, a padded copy, a cast), and
 # the allocator leaves holes. Source: tests/test_memory.py, whose cases stay below their budgets.
 WALK = 3.0
+# One part in so many of what is left beside the result is set aside for pages freed but not given
+# back: fewer calls to ``Heap.settle`` do something, each of which takes a millisecond or two.
+HELD = 8
 # What a walk may touch at a time. More leaves the last-level cache, and blocks above 32 MiB are
 # fresh pages every time, which glibc maps at a tenth of the speed of reused ones.
 # Source: eleven models timed at up to twelve chunk sizes each, 32 MiB of L3: the best was at 50 to
@@ -118,13 +121,12 @@ class Heap:
     over chunks comes to hold several times what is alive in it.
     """
 
-    def __init__(self, left: int) -> None:
-        self.limit = left // 4
+    def __init__(self) -> None:
         self.start = _resident()
 
-    def settle(self, written: int) -> None:
-        """Call where little is alive but the ``written`` bytes of the result."""
-        if _trim is not None and _resident() - self.start - written > self.limit:
+    def settle(self, written: int, left: int) -> None:
+        """Hand pages back; call where little is alive but the ``written`` bytes of the result."""
+        if _trim is not None and _resident() - self.start - written > left // HELD:
             _trim(0)
 
 
@@ -219,28 +221,39 @@ def _growth(tensor: Tensor, module: nn.Module | None) -> int:
     return max(_PER_CHANNEL * channels, 64)
 
 
-def chunk(need: Need, samples: int, rows: int, left: int, whole: bool) -> Chunk:
-    """The largest chunk within ``left`` bytes: all rows first, then as many samples as fit.
+def chunk(need: Need, samples: int, rows: int, allowed: int, result: int, whole: bool) -> Chunk:
+    """The largest chunk within ``allowed`` bytes: all rows first, then as many samples as fit.
 
     ``whole`` keeps all samples together, because they depend on each other. What fits is cut once
     more so that a walk stays in the cache: rows, which takes no second forward; samples only where
     one row of all of them is too large.
     """
     rows = max(1, rows)
+    usable = spare(allowed, result)
     per_sample = need.saved + rows * need.live
-    count = samples if whole else max(1, min(samples, left // per_sample))
-    fitting = min(rows, (left // count - need.saved) // need.live)
+    count = samples if whole else max(1, min(samples, usable // per_sample))
+    fitting = min(rows, (usable // count - need.saved) // need.live)
     if fitting < 1:
-        least = count * (need.saved + need.live)
-        raise BudgetError(
-            f"max_memory leaves {_text(max(left, 0))} beside the result, but "
-            f"{'the whole batch' if whole else 'one sample'} and one row need "
-            f"{_text(least)}; allow at least {_text(least - left)} more, or pass out= a "
-            "memory-mapped array if the result is what is large"
-        )
+        raise BudgetError(_too_small(count * (need.saved + need.live), allowed, result, whole))
     if not whole and count * need.live > CACHE:
         count = min(count, max(1, CACHE // (need.saved + need.live)))
     return Chunk(count, max(1, min(fitting, CACHE // (count * need.live))))
+
+
+def spare(allowed: int, result: int) -> int:
+    """What chunks may take: all beside the result but what is set aside for held pages."""
+    left = allowed - result
+    return left - math.ceil(left / HELD)
+
+
+def _too_small(least: int, allowed: int, result: int, whole: bool) -> str:
+    total = result + math.ceil(least * HELD / (HELD - 1)) + 1
+    return (
+        f"max_memory allows {_text(allowed)}, but the result takes {_text(result)} and "
+        f"{'the whole batch' if whole else 'one sample'} with one row {_text(total - result)} "
+        f"beside it; the least that would do is max_memory={total}. If the result is what is "
+        "large, select outputs= or pass out= a memory-mapped array"
+    )
 
 
 def _text(size: int) -> str:

@@ -73,7 +73,7 @@ class _Run:
     values: list[Tree] = field(default_factory=list)
     skeleton: Capture | None = None
     chunk: Chunk = field(default_factory=lambda: Chunk(0, 0))
-    left: int = 0  # bytes beside the result
+    result: int = 0  # bytes, unless the caller brought the memory
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
     checked: bool = False  # a chunk of at least two samples was looked at
 
@@ -86,7 +86,7 @@ class _Run:
         """All chunks of samples, then the nested result."""
         start, n = 0, self.problem.samples
         self.chunk = self._first()
-        heap = memory.Heap(self.allowed)
+        heap = memory.Heap()
         while start < n:
             stop = min(n, start + self.chunk.samples)
             try:
@@ -99,7 +99,7 @@ class _Run:
                 gc.collect()
             if done:
                 start = stop
-                heap.settle((self.allowed - self.left) * stop // n)
+                heap.settle(self.result * stop // n, self.allowed - self.result)
         self._report()
         assert self.skeleton is not None
         return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
@@ -131,12 +131,9 @@ class _Run:
         for job in work:
             self._check(job, captured)
         if self.fixed is None:
-            shared = _shared(work)
-            known = memory.need([job.graph for job in work], captured.samples, shared)
-            rows = max(1, *(job.seeds.rows for job in work))
-            best = memory.chunk(known, captured.samples, rows, self.left, self.whole)
+            best = self._chunk(work, captured, captured.samples)
             if first:
-                self.chunk = memory.chunk(known, self.problem.samples, rows, self.left, self.whole)
+                self.chunk = self._chunk(work, captured, self.problem.samples)
             if best.samples < captured.samples:
                 self.chunk = best
                 return False
@@ -146,6 +143,12 @@ class _Run:
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
         self.values.append(flatten(kept) if kept is not None else captured.values)
         return True
+
+    def _chunk(self, work: Sequence[Job], captured: Capture, samples: int) -> Chunk:
+        """The largest chunk of so many samples that keeps the promise."""
+        known = memory.need([job.graph for job in work], captured.samples, _shared(work))
+        rows = max((job.seeds.rows for job in work), default=1)
+        return memory.chunk(known, samples, rows, self.allowed, self.result, self.whole)
 
     def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
         """The sinks, once the first capture has shown the shapes."""
@@ -162,14 +165,9 @@ class _Run:
             )
         shapes = [_shape(self.problem, job, goal) for job, goal in goals]
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
-        result = 0 if self.out is not None else sum(own)
-        self.left = self.allowed - result
-        if self.left <= 0:
-            raise BudgetError(
-                f"the result alone takes {memory.text(result)}, max_memory allows "
-                f"{memory.text(self.allowed)}; allow more, select outputs=, or pass out= a "
-                "memory-mapped array"
-            )
+        self.result = 0 if self.out is not None else sum(own)
+        if self.fixed is None:
+            self._chunk(work, captured, self.problem.samples)  # an error before memory is taken
         for shape, (job, goal) in zip(shapes, goals, strict=True):
             self.sinks[goal.part] = self._sink(shape, job, goal)
 
