@@ -119,6 +119,33 @@ def attended(t: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(flat, flat, flat).view(t.shape)
 
 
+def planes(f: Change, axes: int, *, channels: bool) -> Mixer:
+    """A layer on images or volumes, one place wide but along the axis; the rest is merged."""
+
+    def run(t: Tensor) -> Tensor:
+        ones = (1,) * (axes - 1)
+        front = (1, -1) if channels else (-1, 1)
+        y = f(t.reshape(*front, t.shape[-1], *ones))
+        return y.reshape(t.shape)
+
+    return along(run)
+
+
+def stretched(mode: str, axes: int) -> Change:
+    """Twice the places and back again; what lies between differs from mode to mode."""
+
+    def run(x: Tensor) -> Tensor:
+        ones = (1,) * (axes - 1)
+        wide = F.interpolate(x, (2 * x.shape[2] + 1, *ones), mode=mode)
+        return F.interpolate(wide.tanh(), x.shape[2:], mode=mode)
+
+    return run
+
+
+def padded(mode: str) -> Change:
+    return lambda x: F.pad(x, (0, 0, 1, 0), mode=mode)[:, :, :-1].sin()
+
+
 MIXERS: dict[str, Mixer] = {
     "nothing": lambda t, d: t.tanh(),
     "softmax": lambda t, d: t.softmax(d),
@@ -168,7 +195,34 @@ MIXERS: dict[str, Mixer] = {
     "convolution": along(convolved),
     "attention": along(attended),
     "unfold": along(lambda t: F.pad(t, (1, 0)).unfold(-1, 2, 1).sum(-1)),
-}
+    "pool 2d": planes(lambda x: F.avg_pool2d(x, (3, 1), 1, (1, 0)), 2, channels=False),
+    "pool 3d": planes(lambda x: F.avg_pool3d(x, (2, 1, 1), 1, (1, 0, 0))[:, :, 1:], 3,
+                   channels=True),
+    "max pool 2d": planes(lambda x: F.max_pool2d(x, (3, 1), 1, (1, 0)), 2, channels=False),
+    "max pool 3d": planes(lambda x: F.max_pool3d(x, (2, 1, 1), 1, (1, 0, 0))[:, :, 1:], 3,
+                       channels=True),
+    "adaptive pool": planes(lambda x: x * F.adaptive_avg_pool2d(x, 1), 2, channels=True),
+    "adaptive max pool": planes(lambda x: x * F.adaptive_max_pool2d(x, 1), 2, channels=False),
+    "stretched linear": planes(stretched("linear", 1), 1, channels=True),
+    "stretched bilinear": planes(stretched("bilinear", 2), 2, channels=False),
+    "stretched bicubic": planes(stretched("bicubic", 2), 2, channels=True),
+    "stretched nearest": planes(stretched("nearest", 3), 3, channels=False),
+    "replicated edge": planes(padded("replicate"), 2, channels=False),
+    "circular edge": planes(padded("circular"), 2, channels=True),
+    "batch norm": along(lambda t: F.batch_norm(t.reshape(1, -1, t.shape[-1]), None, None,
+                                               training=True).view(t.shape)),
+    "group norm": along(lambda t: F.group_norm(t.reshape(-1, t.shape[-1]), 1).view(t.shape)),
+    "instance norm": along(lambda t: F.instance_norm(t.reshape(1, -1, t.shape[-1]), eps=1.0)
+                           .view(t.shape)),
+    "local response": along(lambda t: F.local_response_norm(t.reshape(-1, t.shape[-1], 1), 3)
+                            .view(t.shape)),
+    "cosine similarity": along(lambda t: t * F.cosine_similarity(t, t.cos(), -1).unsqueeze(-1)),
+    "linear": along(lambda t: F.linear(t, weight(t.shape[-1]), weight(t.shape[-1])[0])),
+    "image to columns": planes(lambda x: F.unfold(x, (3, 1), padding=(1, 0)).sum(1), 2,
+                               channels=False),
+    "cross entropy": lambda t, d: t * (t.movedim(d, -1) - t.logsumexp(d).unsqueeze(-1)).mean(
+        -1, keepdim=True).movedim(-1, d),
+}  # fmt: skip
 
 # An axis less: what is left of [N, N, N] still has N in front, whichever axis went.
 REDUCERS: dict[str, Mixer] = {
