@@ -123,6 +123,9 @@ def pose(
         )
     _check_choice("mode", mode, MODES, LATER_MODES)
     _check_choice("coupling", coupling, COUPLINGS, ())
+    for name, flag in (("create_graph", create_graph), ("batched", batched)):
+        if not isinstance(flag, bool):
+            raise InputTypeError(f"{name} must be True or False, got {flag!r}")
     module = module_of(function)
     _check_module(module)
     tree = flatten(inputs)
@@ -134,6 +137,8 @@ def pose(
             "once for each sample. Let f take the batch"
         )
     if of is not None:
+        if not isinstance(of, str):
+            raise InputTypeError(f"of must be the dotted name of a layer, got {of!r}")
         _layer(module, of, "of")
     if any(w.kind == "inputs" for w in wanted) and not any(map(differentiable, tree.leaves)):
         kinds = sorted({str(t.dtype) for t in tree.leaves if isinstance(t, Tensor)})
@@ -263,24 +268,43 @@ def _resolve(module: nn.Module | None, name: str) -> Wanted:
 
 
 def _parameters(module: nn.Module | None, argument: str = "wrt") -> dict[str, nn.Parameter]:
+    return dict(_named(module, argument).named_parameters(remove_duplicate=False))
+
+
+def _modules(module: nn.Module | None, argument: str) -> dict[str, nn.Module]:
+    return dict(_named(module, argument).named_modules(remove_duplicate=False))
+
+
+def _named(module: nn.Module | None, argument: str) -> nn.Module:
     if module is None:
         raise NameNotFoundError(
             f"{argument}= names a layer or parameters, but f is a plain function; pass the "
             "nn.Module itself"
         )
-    return dict(module.named_parameters(remove_duplicate=False))
+    return module
 
 
 def _layer(module: nn.Module | None, name: str, argument: str) -> nn.Module:
-    every = {**_parameters(module, argument), **dict(module.named_modules())}  # type: ignore[union-attr]
-    found = every.get(name) if name else None
-    if isinstance(found, nn.Module):
-        return found
-    near = difflib.get_close_matches(str(name), [n for n in every if n], n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    layers = {n: m for n, m in _modules(module, argument).items() if n}
+    if name in layers:
+        return layers[name]
+    # of= takes layers only, so it suggests no parameters
+    known = [*layers, *(_parameters(module, argument) if argument == "wrt" else ())]
+    kind = "layer or parameter" if argument == "wrt" else "layer"
     raise NameNotFoundError(
-        f"{argument}={name!r} is no layer or parameter of {type(module).__name__}{hint}"
+        f"{argument}={name!r} is no {kind} of {type(module).__name__}{_hint(str(name), known)}"
     )
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """The nearest names, or the first ones when none is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    if not known:
+        return ", which has none"
+    shown = ", ".join(map(repr, known[:6]))
+    return f"; it has {shown}{' and more' if len(known) > 6 else ''}"
 
 
 def layer(problem: Problem, name: str) -> nn.Module:

@@ -112,7 +112,12 @@ def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
         _check_range([int(selection)], width)
         return int(selection)
     if isinstance(selection, slice):
-        return list(range(*selection.indices(width)))
+        try:
+            return list(range(*selection.indices(width)))
+        except TypeError as error:
+            raise InputTypeError(
+                f"outputs as a slice must hold integers, got {selection}"
+            ) from error
     if isinstance(selection, Tensor):
         return _per_sample(selection, y, samples)
     if isinstance(selection, Sequence) and all(_is_index(s) for s in selection):
@@ -125,7 +130,12 @@ def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
 
 
 def _is_index(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+    """Whether a value is one integer; arrays have ``__index__`` too, for when they hold one."""
+    return (
+        hasattr(value, "__index__")
+        and not isinstance(value, bool | Tensor)
+        and not getattr(value, "ndim", 0)
+    )
 
 
 def _per_sample(selection: Tensor, y: Tensor, samples: slice) -> Any:

@@ -94,13 +94,26 @@ def writable(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch
             raise OutError(
                 "out is read-only; open the memory map with mode 'r+' or 'w+', or pass a copy"
             )
-        out = torch.from_numpy(out)
+        try:
+            out = torch.from_numpy(out)
+        except (TypeError, ValueError) as error:  # byte order, negative strides, odd dtypes
+            raise OutError(
+                f"out must be {expected}, and torch cannot use this array: {error}"
+            ) from error
+    if out.layout != torch.strided:
+        raise OutError(f"out must be dense, {expected}; got the layout {out.layout}")
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != device:
         raise OutError(
             f"out must be {expected}, got {list(out.shape)} of {out.dtype} on {out.device}"
         )
     if out.requires_grad:
         raise OutError("out requires grad; pass a plain buffer such as torch.empty(...)")
+    if out.is_inference():
+        raise OutError("out was made under inference mode; make it outside, or pass out.clone()")
+    if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
+        raise OutError(
+            "out is an expanded tensor, whose entries share memory; pass out.contiguous()"
+        )
     written: Tensor = out
     return written
 
