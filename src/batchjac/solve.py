@@ -125,30 +125,36 @@ class _Run:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
+        here = self.chunk
         first = not self.sinks
         if first:
             self._allocate(captured, work)
         for job in work:
             self._check(job, captured)
         if self.fixed is None:
-            best = self._chunk(work, captured, captured.samples)
             if first:
-                self.chunk = self._chunk(work, captured, self.problem.samples)
-            if best.samples < captured.samples:
-                self.chunk = best
+                self.chunk = self._chunk(work, captured, self.problem.samples, self.whole)
+            try:
+                here = self._chunk(work, captured, captured.samples, whole=True)
+            except BudgetError:
+                if self.whole or captured.samples == 1:
+                    raise
+                fewer = min(self.chunk.samples, captured.samples // 2)
+                self.chunk = replace(self.chunk, samples=fewer)
                 return False
-            self.chunk = replace(self.chunk, rows=min(self.chunk.rows, best.rows))
         for job in work:
-            self._fill(job, self.chunk.rows)
+            self._fill(job, here.rows)
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
         self.values.append(flatten(kept) if kept is not None else captured.values)
         return True
 
-    def _chunk(self, work: Sequence[Job], captured: Capture, samples: int) -> Chunk:
+    def _chunk(
+        self, work: Sequence[Job], captured: Capture, samples: int, whole: bool
+    ) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
         known = memory.need([job.graph for job in work], captured.samples, _shared(work))
         rows = max((job.seeds.rows for job in work), default=1)
-        return memory.chunk(known, samples, rows, self.allowed, self.result, self.whole)
+        return memory.chunk(known, samples, rows, self.allowed, self.result, whole)
 
     def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
         """The sinks, once the first capture has shown the shapes."""
@@ -167,7 +173,7 @@ class _Run:
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
         self.result = 0 if self.out is not None else sum(own)
         if self.fixed is None:
-            self._chunk(work, captured, self.problem.samples)  # an error before memory is taken
+            self._chunk(work, captured, self.problem.samples, self.whole)  # an error before memory is taken
         for shape, (job, goal) in zip(shapes, goals, strict=True):
             self.sinks[goal.part] = self._sink(shape, job, goal)
 
