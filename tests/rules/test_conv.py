@@ -28,6 +28,12 @@ def last(x: Tensor, w: Tensor) -> Tensor:
     return F.conv2d(x.to(memory_format=torch.channels_last), w)
 
 
+def traced(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The operator that traced and scripted models call."""
+    how = ([2], [1], [1], False, [0], 1, False, False, True, True)
+    return torch._convolution(x, w, b, *how)
+
+
 PLAIN = [
     Case(NAME, plain(1), ((4, 2, 7), (3, 2, 3), (3,)), dtypes=(F64, F32, BF16),
          at=((IMAGES, 4), (SampleAxis(0, inner=2), 2), (SampleAxis(0, outer=2), 2)),
@@ -71,7 +77,11 @@ TRANSPOSED = [
     Case(NAME, transposed(3, padding=1), ((2, 1, 3, 3, 2), (1, 2, 2, 2, 2)), at=((IMAGES, 2),)),
 ]  # fmt: skip
 
-CASES = PLAIN + TRANSPOSED
+TRACED = [
+    Case("ConvolutionBackward1", traced, ((4, 2, 7), (3, 2, 3), (3,)), at=((IMAGES, 4),)),
+]
+
+CASES = PLAIN + TRANSPOSED + TRACED
 
 (
     test_equals_the_node_row_by_row,

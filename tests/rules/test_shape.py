@@ -71,6 +71,9 @@ REPETITIONS = [
     Case("RepeatBackward0", lambda x: x.repeat(0, 2), ((3, 2),), declines=True),
     Case("FlipBackward0", lambda x: x.flip(1, -1), ((3, 2, 4),), dtypes=ALL,
          at=((FIRST, 3),), mixes=((SECOND, 2), (THIRD, 4))),
+    Case("Rot90Backward0", lambda x: x.rot90(1, (1, -1)), ((3, 2, 4),), dtypes=ALL,
+         at=((FIRST, 3),), mixes=((SECOND, 4), (THIRD, 2))),
+    Case("Rot90Backward0", lambda x: x.rot90(-2, (2, 0)), ((3, 2, 4),), at=((SECOND, 2),)),
     Case("RollBackward0", lambda x: x.roll((1, 2), (1, -1)), ((3, 2, 4),), dtypes=ALL,
          at=((FIRST, 3),), mixes=((SECOND, 2), (THIRD, 4))),
     Case("RollBackward0", lambda x: x.roll(2), ((3, 2),), mixes=((FIRST, 3), (SECOND, 2))),
@@ -130,6 +133,15 @@ JOINS = [
     Case("StackBackward0", lambda x, y: torch.stack([x, y]), ((), ())),
 ]  # fmt: skip
 
+WRITTEN = [
+    Case("SelectScatterBackward0", lambda x, y: x.select_scatter(y, 1, -1),
+         ((3, 2, 4), (3, 4)), dtypes=(F64, F32, BF16), at=((FIRST, 3), (THIRD, 4)), mixes=((SECOND, 2),),
+         special=True),
+    Case("SliceScatterBackward0", lambda x, y: x.slice_scatter(y, -2, 1, 9, 2),
+         ((3, 5, 2), (3, 2, 2)), dtypes=(F64, F32, BF16), at=((FIRST, 3), (THIRD, 2)), mixes=((SECOND, 5),),
+         special=True),
+]  # fmt: skip
+
 SPLITS = [
     Case(name, build, shapes, at=((FIRST, 3),), mixes=((SECOND, 1),), outputs=k, note=f"{k} of 3",
          dtypes=ALL if k == 2 else (F64,))
@@ -157,7 +169,7 @@ PADS = [
     Case("ConstantPadNdBackward0", lambda x: F.pad(x, (-1, -1, 0, 0)), ((3, 2, 4),)),
 ]  # fmt: skip
 
-CASES = [*VIEWS, *PERMUTATIONS, *REPETITIONS, *SELECTIONS, *JOINS, *SPLITS, *PADS]
+CASES = [*VIEWS, *PERMUTATIONS, *REPETITIONS, *SELECTIONS, *JOINS, *WRITTEN, *SPLITS, *PADS]
 
 (
     test_equals_the_node_row_by_row,

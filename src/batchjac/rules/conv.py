@@ -52,7 +52,7 @@ def _alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]
     ]
 
 
-@rule("ConvolutionBackward0", samples=_samples, per_sample=_alone)
+@rule("ConvolutionBackward0", "ConvolutionBackward1", samples=_samples, per_sample=_alone)
 def convolution(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """Toward x: ``g`` convolved back with ``w``, rows and images as one batch.
 

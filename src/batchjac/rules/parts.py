@@ -186,6 +186,48 @@ def unbind(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [Block(torch.cat(_filled(apart, outputs, dim), dim + 1), edge.shape)]
 
 
+def _select_put_samples(step: Step, at: SampleAxis) -> list[Place]:
+    """Samples stay apart along every axis but the one written at."""
+    dim = step.saved("dim") % len(step.shape)
+    if at.dim == dim:
+        return [None for _ in step.edges]
+    return [at, moved(at, at.dim - (dim < at.dim))]
+
+
+@rule("SelectScatterBackward0", samples=_select_put_samples)
+def select_put(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x`` but ``y[k] = z``: ``g[v]`` with zero at ``k``; toward z ``g[v,k]``."""
+    (g,) = blocks
+    assert g is not None
+    dim = step.saved("dim") % len(g.shape)
+    data, index = g.spread(dim), step.saved("index")
+    x, written = step.edges
+    part = data.select(dim + 1, index)
+    zero = torch.zeros_like(part)
+    return [
+        None if x is None else Block(torch.select_scatter(data, zero, dim + 1, index), x.shape),
+        None if written is None else Block(part, written.shape),
+    ]
+
+
+@rule("SliceScatterBackward0", samples=_cat_samples)
+def slice_put(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x`` but ``y[a:b:s] = z``: ``g[v]`` with zero there; toward z ``g[v, a:b:s]``."""
+    (g,) = blocks
+    assert g is not None
+    dim = step.saved("dim") % len(g.shape)
+    bounds = slice(*_bounds(step, g.shape[dim]))
+    data = g.spread(dim)
+    x, written = step.edges
+    part = data.movedim(dim + 1, 0)[bounds].movedim(0, dim + 1)
+    zero = torch.zeros_like(part)
+    where = (dim + 1, bounds.start, bounds.stop, bounds.step)
+    return [
+        None if x is None else Block(torch.slice_scatter(data, zero, *where), x.shape),
+        None if written is None else Block(part, written.shape),
+    ]
+
+
 def _others(step: Step, rank: int) -> list[int]:
     """The axes that a diagonal of a tensor of ``rank`` axes leaves alone, in order."""
     pair = (step.saved("dim1") % rank, step.saved("dim2") % rank)

@@ -143,6 +143,18 @@ def _still(step: Step, at: SampleAxis) -> list[Place]:
     return [at if still else None]
 
 
+@rule("Rot90Backward0", samples=_still)
+def rot90(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """A plane of the tensor turned by quarters: ``g[v]`` turned back."""
+    (g,) = blocks
+    (edge,) = step.edges
+    assert g is not None
+    assert edge is not None
+    plane = [d % len(g.shape) for d in step.saved("dims")]
+    turned = torch.rot90(g.spread(*plane), -step.saved("k"), [d + 1 for d in plane])
+    return [Block(turned, edge.shape)]
+
+
 @rule("FlipBackward0", samples=_still)
 def flip(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[i] = x[I-1-i]``: ``g[v, I-1-i]``."""
