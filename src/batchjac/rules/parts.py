@@ -124,7 +124,7 @@ def _starts(step: Step, dim: int) -> list[int | None]:
     if isinstance(parts, Tensor):  # of a single tensor
         parts = (parts,)
     return [
-        int(part.flatten()[0]) if edge and _in_cat(step, edge) and part.numel() else None
+        int(part[(0,) * part.dim()]) if edge and _in_cat(step, edge) and part.numel() else None
         for edge, part in zip(step.edges, parts, strict=True)
     ]
 
