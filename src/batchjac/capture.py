@@ -71,6 +71,11 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
         try:
             captured = _capture(problem, samples, stack, freeze=not problem.create_graph)
         except RuntimeError as error:
+            if "Inference tensors cannot be saved" in str(error):
+                raise StateError(
+                    "f computes with tensors made under torch.inference_mode, for instance its "
+                    "parameters, which autograd cannot record; make the model outside it"
+                ) from error
             # a function that takes gradients by its own parameters needs them to record
             if problem.create_graph or "require grad" not in str(error):
                 raise
@@ -167,8 +172,8 @@ def _recording(problem: Problem, freeze: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, before in changed:
-            parameter.requires_grad_(before)
+        for tensor, before in changed:
+            tensor.requires_grad_(before)
 
 
 def _can_record(parameter: Tensor) -> bool:

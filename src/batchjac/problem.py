@@ -14,9 +14,9 @@ from batchjac.errors import (
     InputError,
     InputTypeError,
     NameNotFoundError,
-    StateError,
     UnsupportedError,
 )
+from batchjac.state import refuse_lazy
 from batchjac.tree import Tree, flatten
 
 Coupling = Literal["error", "frozen", "sum", "full"]
@@ -127,7 +127,8 @@ def pose(
         if not isinstance(flag, bool):
             raise InputTypeError(f"{name} must be True or False, got {flag!r}")
     module = module_of(function)
-    _check_module(module)
+    if module is not None:
+        refuse_lazy(module)
     tree = flatten(inputs)
     size = _batch_size(tree)
     wanted, named = _wanted(module, wrt)
@@ -170,17 +171,6 @@ def module_of(function: Callable[..., Any]) -> nn.Module | None:
     # torch.compile wraps a module and prefixes every name with _orig_mod
     original = getattr(owner, "_orig_mod", owner)
     return original if isinstance(original, nn.Module) else owner
-
-
-def _check_module(module: nn.Module | None) -> None:
-    if module is None:
-        return
-    lazy = [n for n, p in module.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
-        raise StateError(
-            f"parameter {lazy[0]!r} has no shape yet; call the module once on a batch before "
-            "asking for its Jacobian"
-        )
 
 
 def _batch_size(tree: Tree) -> int:
@@ -227,6 +217,8 @@ def check_boundary(where: str, tensor: Tensor) -> None:
         raise InputTypeError(
             f"{where} has the sparse layout {tensor.layout}; pass its .to_dense() form"
         )
+    if tensor.is_meta:
+        raise InputTypeError(f"{where} is on the meta device and holds no numbers")
     if tensor.is_complex():
         raise InputTypeError(
             f"{where} is complex ({tensor.dtype}); a Jacobian is returned for real tensors only. "

@@ -1,9 +1,13 @@
 """The user's model and random numbers, put back as they were, also after an error."""
 
 import contextlib
+import copy
+import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +20,10 @@ from batchjac.errors import StateError
 def untouched(module: nn.Module | None) -> Iterator[None]:
     """Run a block; then restore random state, buffers, attributes, ``.grad`` and flags.
 
-    Without a module (a plain function) every module that the function calls is noted just before
-    its first call. Raises ``StateError`` when the block wrote into a parameter: a copy of all
-    parameters for the case that somebody does would cost as much memory as the model.
+    Attributes are restored to the same objects, and lists, dicts and sets among them to the same
+    contents. Without a module (a plain function) every module that the function calls is noted
+    just before its first call. Raises ``StateError`` when the block wrote into a parameter: a copy
+    of all parameters for the case that somebody does would cost as much memory as the model.
     """
     before = _Before()
     with contextlib.ExitStack() as stack:
@@ -69,13 +74,52 @@ def _random_state() -> Iterator[None]:
             numpy.random.set_state(array)
 
 
+@dataclass(frozen=True)
+class _Parameter:
+    """What a parameter was like; ``total`` shows writes past autograd, by way of ``.data``."""
+
+    name: str
+    version: int
+    required: bool
+    grad: Tensor | None
+    data: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, name: str, p: Tensor) -> "_Parameter":
+        version = 0 if p.is_inference() else p._version
+        data = p.detach()
+        return cls(name, version, p.requires_grad, p.grad, data, _total(data))
+
+    def restore(self, p: Tensor) -> None:
+        """Flag, gradient and storage as they were."""
+        if p.data_ptr() != self.data.data_ptr() or p.shape != self.data.shape:
+            p.data = self.data
+        if p.requires_grad != self.required:
+            p.requires_grad_(self.required)
+        if p.grad is not self.grad:
+            p.grad = self.grad
+
+    def written(self, p: Tensor) -> bool:
+        """Whether the values may be others than they were."""
+        if not p.is_inference() and p._version != self.version:
+            return True
+        return not torch.equal(_total(p.detach()).nan_to_num(), self.total.nan_to_num())
+
+
+def _total(data: Tensor) -> Tensor:
+    half = data.dtype in (torch.float16, torch.bfloat16)
+    return data.sum(dtype=torch.float32 if half else None)
+
+
 class _Before:
     """What modules were like when they were noted."""
 
     def __init__(self) -> None:
         self.attributes: dict[nn.Module, dict[str, Any]] = {}
+        self.contents: dict[int, tuple[Any, Any]] = {}  # by id: a container and its shallow copy
         self.buffers: dict[Tensor, tuple[Tensor, int]] = {}
-        self.parameters: dict[Tensor, tuple[str, int, bool, Tensor | None]] = {}
+        self.parameters: dict[Tensor, _Parameter] = {}
 
     def note(self, module: nn.Module, running: bool = False) -> None:
         """Remember a module and all below it; what is known already stays as it was.
@@ -85,78 +129,88 @@ class _Before:
         """
         for child in module.modules():
             if child not in self.attributes:
-                self.attributes[child] = _attributes(child)
+                held = dict(vars(child))
                 if running:
                     for table in ("_parameters", "_buffers"):
-                        self.attributes[child].pop(table, None)
+                        held.pop(table, None)
+                self.attributes[child] = held
+                self._contents(held)
+        refuse_lazy(module)
         for buffer in module.buffers():
             if buffer not in self.buffers:
                 self.buffers[buffer] = (buffer.detach().clone(), buffer._version)
         for name, p in module.named_parameters():
             if p not in self.parameters:
-                version = 0 if p.is_inference() else p._version
-                self.parameters[p] = (name, version, p.requires_grad, p.grad)
+                self.parameters[p] = _Parameter.of(name, p)
+
+    def _contents(self, held: Any) -> None:
+        """Copy the containers among these values, and those inside them."""
+        for value in list(held.values() if isinstance(held, Mapping) else held):
+            if type(value) in _CONTAINERS and id(value) not in self.contents:
+                self.contents[id(value)] = (value, copy.copy(value))
+                self._contents(value)
 
     def restore(self) -> None:
         """Put everything back but the values of parameters."""
         for owner, held in self.attributes.items():
             _restore(owner, held)
+        for container, before in self.contents.values():
+            _refill(container, before)
         with torch.no_grad():
             for buffer, (value, _) in self.buffers.items():
                 # batch normalisation writes its statistics without counting the version up; a
                 # needless write would spoil graphs of the caller that saved the buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for p, (_, _, required, grad) in self.parameters.items():
-            if p.requires_grad != required:
-                p.requires_grad_(required)
-            if p.grad is not grad:
-                p.grad = grad
+        for p, parameter in self.parameters.items():
+            parameter.restore(p)
 
     def check(self) -> None:
         """Refuse a function that wrote into a parameter."""
-        for p, (name, version, _, _) in self.parameters.items():
-            if not p.is_inference() and p._version != version:
+        for p, parameter in self.parameters.items():
+            if parameter.written(p):
                 raise StateError(
-                    f"the function wrote into parameter {name!r}; batchjac cannot undo that. Make "
-                    "it a buffer (buffers are restored), or keep the update out of forward"
+                    f"the function wrote into parameter {parameter.name!r}; batchjac cannot undo "
+                    "that. Make it a buffer (buffers are restored), or keep the update out of "
+                    "forward"
                 )
 
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+def refuse_lazy(module: nn.Module) -> None:
+    """Refuse a module whose parameters or buffers wait for a first batch."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise StateError(
+                f"{name!r} of {type(module).__name__} has no shape yet; call the module once on a "
+                "batch before asking for its Jacobian"
+            )
 
 
-def _is_table(name: str, value: Any) -> bool:
-    return name in _TABLES and isinstance(value, dict)  # a scripted module has other tables
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A shallow copy of what the module holds, its tables of tensors and hooks included."""
-    held = vars(module)
-    return {k: dict(v) if _is_table(k, v) else v for k, v in held.items()}
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
     held = vars(module)
-    for name in [n for n in held if n not in before and n not in _TABLES]:
+    for name in [n for n in held if n not in before and n not in ("_parameters", "_buffers")]:
         del held[name]
     for name, value in before.items():
-        if name in held and _is_table(name, held[name]):
-            _restore_table(held[name], value)
-        elif held.get(name) is not value:
+        if held.get(name) is not value:
             held[name] = value
 
 
-def _restore_table(table: Any, before: Any) -> None:
-    """Refill a table in place, so that handles that point to it stay valid."""
-    if list(table.items()) == [] == list(before.items()):
-        return
-    same = len(table) == len(before) and all(
-        a is b for a, b in zip(table.values(), before.values(), strict=True)
-    )
-    if not same or list(table) != list(before):
-        table.clear()
-        table.update(before)
+def _refill(container: Any, before: Any) -> None:
+    """Give a container its old entries, in place, so that handles that point to it stay valid."""
+    keyed = isinstance(container, dict)
+    now, then = ([*c.items()] if keyed else [*c] for c in (container, before))
+    if keyed:
+        same = len(now) == len(then) and all(
+            a is b and x is y for (a, x), (b, y) in zip(now, then, strict=True)
+        )
+    else:
+        same = len(now) == len(then) and all(map(operator.is_, now, then))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def normal(tensor: Tensor) -> Tensor:
