@@ -208,5 +208,5 @@ def embedding(step: Step, blocks: Blocks) -> Any:
     if not _dense(step):
         return NotImplemented
     flat = g.spread(*range(len(g.shape) - 1))
-    flat = flat.reshape(g.rows, -1, flat.shape[-1])
+    flat = flat.reshape(g.rows, math.prod(g.shape[:-1]), flat.shape[-1])
     return [Block(_tables(step, flat, step.saved("indices").flatten(), edge), edge.shape)]

@@ -97,7 +97,8 @@ def _flat(g: Block | None, count: int) -> tuple[Tensor, torch.Size]:
     """Rows and images as one batch before the last ``count`` axes, and the batch's own axes."""
     assert g is not None
     data = g.spread(*range(-count, 0))
-    return data.reshape(-1, *data.shape[-count:]), data.shape[:-count]
+    lead = data.shape[:-count]
+    return data.reshape(lead.numel(), *data.shape[-count:]), lead
 
 
 @rule("Im2ColBackward0", samples=but_last(2))
