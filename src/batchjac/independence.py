@@ -8,14 +8,13 @@ pair in a larger batch but for one chance in sixteen.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from batchjac.block import Block
-from batchjac.engines.sweep import Kernels, walk
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
 from batchjac.samples import Place, SampleAxis
@@ -72,19 +71,18 @@ def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
     )
 
 
-def leaks(
-    graph: Graph, y: Tensor, targets: Sequence[Slot], kernels: Kernels, thorough: bool
-) -> bool:
-    """Whether a cotangent on some samples reaches the gradient of others."""
-    assert y.grad_fn is not None
+Push = Callable[[Block], Mapping[Slot, Block]]
+
+
+def leaks(y: Tensor, targets: Sequence[Slot], push: Push, thorough: bool) -> bool:
+    """Whether a cotangent on some samples reaches the gradient of others, as ``push`` sends it."""
     n = y.shape[0]
     masks = _splits(n, thorough)
     generator = torch.Generator().manual_seed(n)  # its own: the user's random state stays
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
     for mask in masks:  # one row at a time: a probe must not need more memory than the walk
         lead = mask.reshape(-1, *(1,) * (y.dim() - 1)).to(y.device, y.dtype)
-        seeds = {(y.grad_fn, y.output_nr): Block((lead * noise).unsqueeze(0), tuple(y.shape))}
-        found = walk(graph, seeds, kernels)
+        found = push(Block((lead * noise).unsqueeze(0), tuple(y.shape)))
         if any(_reaches(found[slot], ~mask) for slot in targets if slot in found):
             return True
     return False
@@ -112,15 +110,33 @@ def _splits(n: int, thorough: bool) -> Tensor:
     return torch.cat([halves, ~halves])
 
 
-def frozen(graph: Graph, proof: Proof) -> Graph:
-    """The graph with batch statistics held constant where they are taken over samples."""
-    return replace(graph, steps=tuple(_freeze(step, proof) for step in graph.steps))
+BATCH_STATISTICS = (
+    "NativeBatchNormBackward0", "CudnnBatchNormBackward0", "NativeBatchNormLegitBackward0",
+    "NativeBatchNormLegitBackward1",
+)  # fmt: skip
 
 
-def _freeze(step: Step, proof: Proof) -> Step:
-    at = proof.places.get((step.node, 0))
-    over_samples = not (isinstance(at, SampleAxis) and at.dim == 1)
-    named = step.name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
-    if named and over_samples and step.saved("training"):
-        return replace(step, name=f"{step.name}:frozen")
-    return step
+def frozen(graph: Graph, proof: Proof, mixes: Callable[[Graph], bool]) -> Graph:
+    """The graph with batch statistics held constant where they are taken over samples.
+
+    Where the proof has lost the samples, a normalisation is tried: it takes its statistics over
+    samples if the graph ``mixes`` them when all other doubtful ones are constant.
+    """
+    training = [
+        k
+        for k, step in enumerate(graph.steps)
+        if step.name in BATCH_STATISTICS and step.has("training") and step.saved("training")
+    ]
+    places = {k: proof.places.get((graph.steps[k].node, 0)) for k in training}
+    over = {k for k, at in places.items() if isinstance(at, SampleAxis) and at.dim != 1}
+    doubtful = {k for k, at in places.items() if at is None}
+    found = {k for k in doubtful if mixes(_constant(graph, over | (doubtful - {k})))}
+    return _constant(graph, over | found)
+
+
+def _constant(graph: Graph, which: Collection[int]) -> Graph:
+    steps = [
+        replace(step, name=f"{step.name}:frozen") if k in which else step
+        for k, step in enumerate(graph.steps)
+    ]
+    return replace(graph, steps=tuple(steps))

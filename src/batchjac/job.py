@@ -13,7 +13,7 @@ from batchjac.capture import Capture, Target
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.graph import Graph, Slot, prune
-from batchjac.independence import Proof, frozen, prove
+from batchjac.independence import Proof, frozen, leaks, prove
 from batchjac.problem import Problem
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
@@ -51,6 +51,7 @@ class Job:
     y: Tensor
     samples: slice
     goals: tuple[Goal, ...]
+    inputs: tuple[Slot, ...]
     kernels: Kernels
 
     @cached_property
@@ -86,13 +87,25 @@ class Job:
         """The graph from ``y`` to these slots."""
         graph = prune([self.root[0]] if self.root else [], slots)
         if self.problem.coupling == "frozen" and graph.steps:
-            return frozen(graph, prove(graph, self.y))
+            return frozen(graph, prove(graph, self.y), self.leaks)
         return graph
 
-    def witnesses(self, captured: Capture) -> list[Slot]:
+    @property
+    def witnesses(self) -> list[Slot]:
         """Where other samples would show: what has samples among the goals, else the inputs."""
-        own = [g.slot for g in self.goals if g.target.per_sample]
-        return own or [(edge.node, edge.output_nr) for edge in captured.inputs]
+        return [g.slot for g in self.goals if g.target.per_sample] or list(self.inputs)
+
+    def leaks(self, graph: Graph | None, thorough: bool = True) -> bool:
+        """Whether samples reach each other along this graph; without one, by autograd's engine."""
+        edges = [GradientEdge(node, slot) for node, slot in self.witnesses]
+
+        def push(block: Block) -> dict[Slot, Block]:
+            if graph is None:
+                return engine_rows(self.y, edges, block)
+            assert self.root is not None
+            return walk(graph, {self.root: block}, self.kernels)
+
+        return leaks(self.y, self.witnesses, push, thorough)
 
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""
@@ -154,7 +167,7 @@ class Job:
                 own = goal.target.per_sample and self.problem.coupling != "full"
                 sink.put(first + n, v, (data[n] if own else data)[None, None])
         elif kept:
-            sink.put(first, start, block.full().unflatten(0, (rows, -1)).transpose(0, 1))
+            sink.put(first, start, block.full().unflatten(0, (rows, self.count)).transpose(0, 1))
         else:
             sink.put(first, start, block.full().transpose(0, 1))
 
@@ -167,10 +180,11 @@ def _zeros(target: Target, rows: int) -> Block:
 
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
     """One job for each differentiable output."""
+    inputs = tuple((edge.node, edge.output_nr) for edge in captured.inputs)
     found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, captured.outputs[k], samples, tuple(goals), kernels)
+        Job(problem, captured.outputs[k], samples, tuple(goals), inputs, kernels)
         for k, goals in found.items()
     ]

@@ -2,8 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import (
+    BatchjacError,
     BudgetError,
     CouplingError,
     InputError,
     OutError,
+    UnsupportedError,
     is_out_of_memory,
 )
 from batchjac.graph import Graph, Slot
-from batchjac.independence import Proof, leaks, prove
+from batchjac.independence import Proof, prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.locate import modules
 from batchjac.memory import Chunk
@@ -130,7 +133,9 @@ class _Run:
         if first:
             self._allocate(captured, work)
         for job in work:
-            self._check(job, captured)
+            if self.by_engine:
+                self._engage(job)
+            self._walk(job, captured, partial(self._check, job, captured))
         if self.fixed is None:
             if first:
                 self.chunk = self._chunk(work, captured, self.problem.samples, self.whole)
@@ -143,14 +148,12 @@ class _Run:
                 self.chunk = replace(self.chunk, samples=fewer)
                 return False
         for job in work:
-            self._fill(job, here.rows)
+            self._fill(job, captured, here.rows)
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
         self.values.append(flatten(kept) if kept is not None else captured.values)
         return True
 
-    def _chunk(
-        self, work: Sequence[Job], captured: Capture, samples: int, whole: bool
-    ) -> Chunk:
+    def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
         known = memory.need([job.graph for job in work], captured.samples, _shared(work))
         rows = max((job.seeds.rows for job in work), default=1)
@@ -173,7 +176,9 @@ class _Run:
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
         self.result = 0 if self.out is not None else sum(own)
         if self.fixed is None:
-            self._chunk(work, captured, self.problem.samples, self.whole)  # an error before memory is taken
+            self._chunk(
+                work, captured, self.problem.samples, self.whole
+            )  # an error before memory is taken
         for shape, (job, goal) in zip(shapes, goals, strict=True):
             self.sinks[goal.part] = self._sink(shape, job, goal)
 
@@ -201,32 +206,57 @@ class _Run:
                     self._check(other, again)
             return
         self.checked = True
-        targets = job.witnesses(captured)
+        targets = job.witnesses
         own = all(g.target.per_sample for g in job.goals)
         graph = job.graph if own else job.towards(targets)
         proof = job.proof if own else prove(graph, job.y)
-        if captured.samples == 1 or proof.holds(targets):
+        if captured.samples == 1 or (proof.holds(targets) and not self.by_engine):
             return
-        thorough = not verify.trusted(job)
-        if leaks(graph, job.y, targets, self.kernels, thorough):
+        if job.leaks(None if self.by_engine else graph, not verify.trusted(job)):
             raise CouplingError(_coupled(self.problem, captured, graph, proof))
 
-    def _fill(self, job: Job, rows: int) -> None:
+    def _distrust(self, job: Job, captured: Capture, reason: str) -> None:
+        """From here on rows go one at a time through autograd, whose hooks then run."""
+        log.warning("%s: rows now go through autograd one at a time", reason)
+        self._engage(job)
+        self._check(job, captured)
+
+    def _engage(self, job: Job) -> None:
+        self.by_engine = True
+        if any(step.name.endswith(":frozen") for step in job.graph.steps):
+            raise UnsupportedError(
+                'coupling="frozen" holds statistics constant in the walk, but this function needs '
+                "autograd's own engine (it hooks gradients, or the walk failed on it); call "
+                "model.eval(), or remove the hooks"
+            )
+
+    def _walk(self, job: Job, captured: Capture, act: Callable[[], None]) -> None:
+        """Do something that walks; where the walk fails, do it again by the engine."""
+        try:
+            act()
+        except Exception as error:
+            ours = isinstance(error, BatchjacError) or is_out_of_memory(error)
+            if self.by_engine or ours:
+                raise
+            self._distrust(job, captured, f"the walk failed ({type(error).__name__}: {error})")
+            act()
+
+    def _fill(self, job: Job, captured: Capture, rows: int) -> None:
         if job.unreached() and not self.values:
             for goal in job.unreached():
                 log.warning(
                     "output%s does not depend on %s%s: its Jacobian is zero",
                     self._path(goal), goal.part[1], goal.target.path,
                 )  # fmt: skip
-        job.fill(self.sinks, rows, self.by_engine)
+        self._walk(job, captured, lambda: job.fill(self.sinks, rows, self.by_engine))
         if self.by_engine or verify.trusted(job):
             return
         if verify.agrees(job, self.sinks) is False:
-            log.warning(
+            reason = (
                 "the walk and autograd disagree on this function (a hook that changes gradients, "
-                "or a node whose rule is wrong): its rows now go through autograd one at a time"
+                "or a node whose rule is wrong)"
             )
-            self.by_engine = True
+            self._distrust(job, captured, reason)
             job.fill(self.sinks, rows, self.by_engine)
             return
         verify.trust(job)

@@ -73,7 +73,8 @@ class Normalised:
         full = (g.shape[0], *self.x.shape)
         flat, x = (t.expand(full).reshape(-1, last.numel()) for t in (g, self.x))
         mean, scale = (
-            t.expand(g.shape[0], *lead, *(1 for _ in last)).reshape(-1, 1)
+            # contiguous: the kernel reads these two without looking at their strides
+            t.expand(g.shape[0], *lead, *(1 for _ in last)).reshape(-1, 1).contiguous()
             for t in (self.mean, self.scale)
         )
         weight = None if weight is None else weight.reshape(-1)

@@ -106,14 +106,18 @@ def _repeated(step: Step, at: SampleAxis) -> list[Place]:
     return [replace(at, dim=dim, outer=at.outer // copies)]
 
 
-def _repeat_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
+def _repeat_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     """``g[v,n]`` summed over the other copies; the samples are among the copies."""
     (g,) = blocks
     (edge,) = step.edges
     assert g is not None
     assert edge is not None
     pairs, single = _copies(g, step.saved("repeats"), edge.shape)
-    return [each_sample(pairs, moved(at, 2 * at.dim), single).reshape(edge.shape)]
+    entries = step.shape[at.dim] // step.saved("repeats")[at.dim]
+    if at.inner % entries:
+        return NotImplemented
+    among = replace(at, dim=2 * at.dim, inner=at.inner // entries)
+    return [each_sample(pairs, among, single).reshape(edge.shape)]
 
 
 @rule("RepeatBackward0", samples=_repeated, per_sample=_repeat_alone)
