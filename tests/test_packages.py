@@ -18,6 +18,7 @@ ORDER = (
     "errors",
     "tree",
     "state",
+    "plain",
     "problem",
     "graph",
     "capture",

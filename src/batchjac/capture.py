@@ -1,7 +1,6 @@
 """Run the function once, under ordinary autograd, and keep what the walk needs of it."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
+from batchjac.plain import plainly
 from batchjac.problem import Problem, check_boundary, differentiable, layer
 from batchjac.state import normal
 from batchjac.tree import Tree, flatten
@@ -63,10 +63,10 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
 
     Parameters that are not asked for record nothing (unless ``create_graph``), so their inputs
     are not kept and no slow path computes weight gradients on the way. Hooks and flags stay for
-    the block: a checkpoint runs parts of the function again.
+    the block: what saves by other means than ``torch.utils.checkpoint`` may run again.
     """
     with contextlib.ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), _eager()):
+        for context in (torch.inference_mode(False), torch.enable_grad(), plainly()):
             stack.enter_context(context)
         try:
             captured = _capture(problem, samples, stack, freeze=not problem.create_graph)
@@ -179,16 +179,6 @@ def _recording(problem: Problem, freeze: bool) -> Iterator[None]:
 def _can_record(parameter: Tensor) -> bool:
     floating = parameter.is_floating_point() or parameter.is_complex()
     return floating and parameter.is_leaf and not parameter.is_inference()
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Run compiled parts as the Python they were compiled from, whose graph can be read."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What is asked: the function, its inputs, with respect to what, of which outputs. Validated."""
 
+import contextlib
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ class Problem:
     coupling: Coupling
     create_graph: bool
     batched: bool
+    vmapped: bool = True  # a function of one sample may run under torch.vmap
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ class Problem:
     def call(self, leaves: Sequence[Any]) -> Any:
         """``f`` on these leaves in the nesting of the inputs: ``f(*x)``, ``f(**x)`` or ``f(x)``."""
         if not self.batched:
-            return _per_sample(self.function, self.tree, leaves)
+            return _per_sample(self.function, self.tree, leaves, self.vmapped)
         return _apply(self.function, self.tree.build(leaves))
 
 
@@ -73,7 +75,9 @@ def _apply(function: Callable[..., Any], inputs: Any) -> Any:
     return function(inputs)
 
 
-def _per_sample(function: Callable[..., Any], tree: Tree, leaves: Sequence[Any]) -> Any:
+def _per_sample(
+    function: Callable[..., Any], tree: Tree, leaves: Sequence[Any], vmapped: bool
+) -> Any:
     """A function of one sample on a batch: under ``torch.vmap``, else sample by sample."""
     nesting: list[Tree] = []
     axes = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
@@ -82,17 +86,17 @@ def _per_sample(function: Callable[..., Any], tree: Tree, leaves: Sequence[Any])
         nesting.append(flatten(_apply(function, tree.build(sample))))
         return nesting[-1].leaves
 
-    try:
-        columns = torch.vmap(one, in_dims=axes, randomness="different")(*leaves)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        # a branch on a value, an .item(), an output that is no tensor: what vmap refuses
-        size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-        rows = [
-            one(*(leaf[n] if isinstance(leaf, Tensor) else leaf for leaf in leaves))
-            for n in range(size)
-        ]
-        columns = tuple(_stacked(column) for column in zip(*rows, strict=True))
-    return nesting[-1].build(columns)
+    if vmapped:
+        # vmap refuses a branch on a value, an .item(), an output that is no tensor
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
+            columns = torch.vmap(one, in_dims=axes, randomness="different")(*leaves)
+            return nesting[-1].build(columns)
+    size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+    rows = [
+        one(*(leaf[n] if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        for n in range(size)
+    ]
+    return nesting[-1].build([_stacked(column) for column in zip(*rows, strict=True)])
 
 
 def _stacked(column: tuple[Any, ...]) -> Any:

@@ -47,6 +47,8 @@ def solve(
     allowed = memory.budget(max_memory, device)
     _count_nan(problem)
     with untouched(problem.module):
+        if not problem.batched and not verify.vmap_agrees(problem):
+            problem = replace(problem, vmapped=False)
         return _Run(problem, allowed, max_memory is not None, out, fixed).answer()
 
 
@@ -195,7 +197,7 @@ class _Run:
 
     def _check(self, job: Job, captured: Capture) -> None:
         """Refuse coupled samples, unless the question says what to do with them."""
-        if self.problem.coupling in ("sum", "full") or not self.problem.batched:
+        if self.problem.coupling in ("sum", "full"):
             return
         if self.problem.samples == 1 or job.root is None:
             return

@@ -6,13 +6,16 @@ cotangent through the real engine costs one backward and sees all of that.
 
 import contextlib
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from batchjac.capture import Capture, capture
 from batchjac.job import Goal, Job
+from batchjac.problem import Problem
 from batchjac.sink import Sink
 
 # A wrong rule is wrong by the size of the result; rounding is far below the square root of eps.
@@ -20,6 +23,7 @@ _ROOT_EPS = {
     torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2,
 }  # fmt: skip
 
+_VMAP = -1  # beside the signatures of graphs: vmap was compared
 _trusted: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
 
 
@@ -31,6 +35,50 @@ def signature(job: Job) -> int:
     """What a graph is made of, whatever the number of samples."""
     steps = tuple((s.name, s.outputs[0].dtype, len(s.shape)) for s in job.graph.steps)
     return hash((steps, tuple(sorted(job.kernels.ways.items()))))
+
+
+def vmap_agrees(problem: Problem) -> bool:
+    """Whether a function of one sample is the same under ``torch.vmap`` as called on each sample.
+
+    Some of torch's batching rules are wrong. Two samples, their values and one random cotangent
+    tell, the first time a function is seen.
+    """
+    owner = problem.module or problem.function
+    with contextlib.suppress(TypeError):
+        if _VMAP in _trusted.get(owner, set()):
+            return True
+    found = []
+    for vmapped in (True, False):
+        with capture(replace(problem, vmapped=vmapped), slice(0, 2)) as captured:
+            try:
+                found.append(_looked_at(captured))
+            except RuntimeError:  # an operation without a derivative under vmap
+                found.append([])
+    fast, plain = found
+    same = len(fast) == len(plain) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+        for a, b in zip(fast, plain, strict=True)
+    )
+    if same:
+        with contextlib.suppress(TypeError):
+            _trusted.setdefault(owner, set()).add(_VMAP)
+    return same
+
+
+def _looked_at(captured: Capture) -> list[Tensor]:
+    """Values, and gradients of a cotangent that differs from sample to sample."""
+    edges = list(captured.inputs)
+    found = []
+    for y in captured.outputs.values():
+        found.append(y.detach())
+        if y.requires_grad and edges:
+            weights = torch.linspace(0, 1, y.numel(), dtype=y.dtype, device=y.device)
+            grads = torch.autograd.grad(
+                y, edges, weights.cos().reshape(y.shape), retain_graph=True, allow_unused=True,
+                materialize_grads=True,
+            )  # fmt: skip
+            found += grads
+    return found
 
 
 def trusted(job: Job) -> bool:
@@ -50,27 +98,54 @@ def trust(job: Job) -> None:
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
     """Whether a random combination of the rows equals one ``autograd.grad``; None if unknowable."""
     goals = [g for g in job.goals if g not in job.unreached()]
-    if not goals or not job.seeds.width or job.problem.coupling == "frozen" or not job.y.requires_grad:
+    if (
+        not goals
+        or not job.seeds.width
+        or job.problem.coupling == "frozen"
+        or not job.y.requires_grad
+    ):
         return None
     weights = _weights(job)
     cotangent = job.seeds.combined(weights)
-    try:
-        expected = torch.autograd.grad(
-            job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
-        )
-    except RuntimeError:
-        return None  # a reentrant checkpoint refuses autograd.grad
+    expected = torch.autograd.grad(
+        job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
+    )
     pairs = [
         (_contracted(job, g, sinks[g.part], weights), e)
         for g, e in zip(goals, expected, strict=True)
         if e is not None
     ]
     tolerance = _tolerance(job)
+    if any(_differ_in_kind(ours, theirs) for ours, theirs in pairs):
+        return _first_row_agrees(job, goals, sinks, tolerance)
     if all(_off(ours, theirs) <= tolerance * _size(theirs) for ours, theirs in pairs):
         return True
     # Gradients that cancel (a sum over a normalised axis) are rounding of what was cancelled.
     noise = 0.01 * tolerance * _largest(job, cotangent)
     return all(_off(ours, theirs) <= tolerance * _size(theirs) + noise for ours, theirs in pairs)
+
+
+def _differ_in_kind(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether one is a number where the other is infinite or NaN."""
+    return not torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+def _first_row_agrees(
+    job: Job, goals: list[Goal], sinks: dict[Any, Sink], tolerance: float
+) -> bool:
+    """The first row itself: a combination of rows may be NaN where no row is, and the reverse."""
+    if job.seeds.across or any(not g.target.per_sample for g in goals):
+        return True
+    cotangent = job.seeds.block(0, 1).full()[0]
+    expected = torch.autograd.grad(
+        job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
+    )
+    rows = [sinks[g.part].chunk(job.samples)[:, 0].detach() for g in goals]
+    return all(
+        not _differ_in_kind(ours, theirs) and _off(ours, theirs) <= tolerance * _size(theirs)
+        for ours, theirs in zip(rows, expected, strict=True)
+        if theirs is not None
+    )
 
 
 def _largest(job: Job, cotangent: Tensor) -> float:

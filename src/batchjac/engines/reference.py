@@ -7,6 +7,7 @@ and refuses if one is not zero.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,12 +43,14 @@ def jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
+    problem = replace(problem, vmapped=False)  # torch's own batching rules are not always right
     with (
         untouched(problem.module),
         _frozen_statistics(coupling == "frozen"),
         capture(problem, slice(0, problem.samples)) as captured,
     ):
         found = {part: _jacobian(problem, captured, part, t) for part, t in parts(captured)}
+        _refuse_coupled_inputs(problem, captured)
         return nest(problem, captured, found.__getitem__)
 
 
@@ -61,7 +64,7 @@ def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -
         inner = target.shape[1:] if target.per_sample and not rows.across else target.shape
         return torch.zeros(n, *rows.shape, *inner, dtype=target.dtype)
     of_sample = [
-        torch.stack([_gradient(problem, captured, y, target, c) for c in cotangents])
+        torch.stack([_gradient(problem, y, target, c) for c in cotangents])
         for cotangents in _one_hot(rows, n)
     ]  # N times [V, *target]
     j = torch.stack(of_sample)  # [N, V, *target]
@@ -76,6 +79,26 @@ def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -
     return j.transpose(1, 2)[each, each].reshape(n, *rows.shape, *target.shape[1:])
 
 
+def _refuse_coupled_inputs(problem: Problem, captured: Capture) -> None:
+    """For parameters the samples show in the inputs: the gradients there must stay apart too."""
+    parameters = any(w.kind == "parameter" for w in problem.wanted)
+    if problem.coupling in ("sum", "full") or not parameters:
+        return
+    edges = captured.inputs
+    for y in captured.outputs.values():
+        rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
+        if not y.requires_grad or not edges:
+            continue
+        for sample, cotangents in enumerate(_one_hot(rows, captured.samples)):
+            others = torch.arange(captured.samples) != sample
+            for cotangent in cotangents:
+                for g in torch.autograd.grad(
+                    y, edges, cotangent, retain_graph=True, allow_unused=True
+                ):
+                    if g is not None and (g[others].nan_to_num(0) != 0).any():
+                        raise CouplingError("the output of one sample depends on another sample")
+
+
 def _one_hot(rows: Seeds, n: int) -> Iterator[list[Tensor]]:
     """For every sample, its cotangents ``[N, *out]``, each with a single 1."""
     width = len(rows.entries)
@@ -88,44 +111,15 @@ def _one_hot(rows: Seeds, n: int) -> Iterator[list[Tensor]]:
         yield cotangents
 
 
-def _gradient(
-    problem: Problem, captured: Capture, y: Tensor, target: Target, cotangent: Tensor
-) -> Tensor:
+def _gradient(problem: Problem, y: Tensor, target: Target, cotangent: Tensor) -> Tensor:
     zero = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
     if not y.requires_grad or target.edge is None:
         return zero
-    if _reentrant(y):
-        return _through_leaf(captured, y, target, cotangent)
     (g,) = torch.autograd.grad(
         y, target.edge, cotangent, retain_graph=True, create_graph=problem.create_graph,
         allow_unused=True,
     )  # fmt: skip
     return zero if g is None else g
-
-
-def _reentrant(y: Tensor) -> bool:
-    todo, seen = [y.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        todo += [child for child, _ in node.next_functions]
-    return False
-
-
-def _through_leaf(captured: Capture, y: Tensor, target: Target, cotangent: Tensor) -> Tensor:
-    """Reentrant checkpoints refuse ``autograd.grad``; read the leaf's ``.grad`` instead."""
-    bases = [b for b in captured.keep[0] if isinstance(b, Tensor) and b.requires_grad]
-    for base in bases:
-        base.grad = None
-    y.backward(cotangent, retain_graph=True)
-    place = [k for k, b in enumerate(captured.keep[1]) if isinstance(b, Tensor)
-             and torch.autograd.graph.get_gradient_edge(b) == target.edge]  # fmt: skip
-    g = captured.keep[0][place[0]].grad
-    return torch.zeros(target.shape, dtype=target.dtype) if g is None else g.clone()
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@ Assumes (H1) that samples are independent, or that their sum is wanted, and (H2)
 changes a gradient; ``independence`` and ``verify`` hold the caller to both.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from batchjac.block import Block
-from batchjac.engines import checkpoint, fallback
+from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
@@ -70,10 +69,7 @@ def walk(
                     found[slot] = block
             if not any(step.edges) or not any(b is not None for b in blocks):
                 continue
-            if checkpoint.is_reentrant(step):
-                gradients = _checkpointed(step, blocks, kernels, graph.targets)
-            else:
-                gradients = _through(step, blocks, kernels, places)
+            gradients = _through(step, blocks, kernels, places)
             del blocks
             for k, edge in enumerate(step.edges):
                 if edge is not None and gradients[k] is not None:
@@ -118,15 +114,6 @@ def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None
     gradients = fallback.call(step, blocks, "rows")
     kernels.took(step.name, "rows")
     return gradients
-
-
-def _checkpointed(
-    step: Step, blocks: Blocks, kernels: Kernels, targets: frozenset[Slot]
-) -> Blocks:
-    """A walk of its own through what a reentrant checkpoint hides."""
-    kernels.took(step.name, "rule")
-    inner = functools.partial(walk, kernels=kernels)
-    return checkpoint.through(step, blocks, targets, inner)
 
 
 def _crossing(step: Step, places: Places) -> SampleAxis | None:

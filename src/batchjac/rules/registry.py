@@ -59,7 +59,7 @@ def rule(
 
 def find(step: Step) -> Rule | None:
     """The rule of this node, if there is one; a user's Function may bear any name and has none."""
-    if isinstance(step.node, BackwardCFunction) and not step.name.startswith("Checkpoint"):
+    if isinstance(step.node, BackwardCFunction):
         return None
     return _RULES.get(step.name)
 
@@ -83,6 +83,4 @@ def unchanged(step: Step, at: SampleAxis) -> list[Place]:
 def whole_first(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a layer: first edge batched along axis 0, the others its parameters."""
     first: Place = at if at.dim == 0 else None
-    return [
-        None if e is None else first if k == 0 else SHARED for k, e in enumerate(step.edges)
-    ]
+    return [None if e is None else first if k == 0 else SHARED for k, e in enumerate(step.edges)]
