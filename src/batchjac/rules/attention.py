@@ -9,7 +9,9 @@ For one head, with ``l`` queries, ``s`` keys and ``e``, ``d`` features::
     dq[l,e] = c sum_s dS[l,s] k[s,e]        dk[s,e] = c sum_l dS[l,s] q[l,e]
 
 ``P`` and ``y`` have no rows. They are computed again from what the node saved, so the result can be
-differentiated any number of times; the node itself only once.
+differentiated any number of times; the node itself only once. With the rows beside the queries or
+the features, ``g[l,v,d]`` and ``dS[l,v,s]``, each line is one matrix product for each head, which
+reads what the rows share once.
 
 Source: Dao et al., FlashAttention (arXiv 2205.14135), appendix B.2.
 """
@@ -28,8 +30,8 @@ from batchjac.rules.registry import Blocks, rule
 from batchjac.samples import Place, SampleAxis
 
 # Bytes of dS for one group of rows: on a CPU they should stay in the cache. Measured on torch 2.13
-# with one thread, 100 rows of 4 x 8 heads of 64 x 64: 153 ms by single rows, 188 ms all at once.
-GROUP = {"cpu": 1 << 21, "cuda": 1 << 28}
+# with one thread, 100 rows of 4 x 8 heads of 64 x 64: 160 ms, 212 ms all at once, 231 by the node.
+GROUP = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 def _samples(step: Step, at: SampleAxis) -> list[Place]:
@@ -85,11 +87,16 @@ def _covered(step: Step) -> bool:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What all rows share, in the precision of the computation: scaled q and k, v, P and y."""
+    """What all rows share, in the precision of the computation, ``[heads of all samples, ., .]``.
+
+    Scaled q and k, v, and the transposed P; P and y once more with an axis for rows before the
+    last.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    transposed: Tensor
     weights: Tensor
     output: Tensor
 
@@ -98,8 +105,10 @@ def _shared(step: Step) -> _Shared:
     q, k, v = (_wide(step.saved(name)) for name in ("query", "key", "value"))
     scale = step.saved("scale")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    weights = _softmax(torch.matmul(q * scale, k.mT), _mask(step, q, k))
-    return _Shared(q * scale, k * scale, v, weights, torch.matmul(weights, v))
+    weights = _softmax(torch.matmul(q * scale, k.mT), _mask(step, q, k)).flatten(0, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q * scale, k * scale, v))
+    output = torch.bmm(weights, v)
+    return _Shared(q, k, v, weights.mT, weights.unsqueeze(2), output.unsqueeze(2))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -130,27 +139,33 @@ def _groups(step: Step, g: Block) -> Iterator[Tensor]:
     query, key = step.saved("query"), step.saved("key")
     size = math.prod(query.shape[:-1]) * key.shape[-2] * max(4, query.element_size())
     at_once = max(1, GROUP.get(query.device.type, GROUP["cuda"]) // max(1, size))
-    for rows in g.spread(2, 3).split(g.rows if torch.is_grad_enabled() else at_once):
+    for rows in g.full().split(g.rows if torch.is_grad_enabled() else at_once):
         yield _wide(rows)
 
 
 def _products(step: Step, s: _Shared, g: Tensor) -> list[Tensor | None]:
     """The gradients of a group of rows toward the wanted ones of q, k, v and the mask."""
+    v, n = g.shape[:2]
+    g = g.permute(1, 2, 3, 0, 4).flatten(0, 1).contiguous()  # b l v d, with b all n and h
     found: list[Tensor | None] = [None] * len(step.edges)
     if step.edges[2] is not None:
-        found[2] = torch.einsum("nhls,vnhld->vnhsd", s.weights, g)
-    scores = None
+        found[2] = torch.bmm(s.transposed, g.flatten(2)).unflatten(2, (v, -1))  # b s v d
     if any(e is not None for k, e in enumerate(step.edges) if k != 2):
-        change = torch.einsum("vnhld,nhsd->vnhls", g, s.v)
-        mean = (g * s.output).sum(-1, keepdim=True)
-        if torch.is_grad_enabled():
-            scores = s.weights * (change - mean)
-        else:
-            scores = change.sub_(mean).mul_(s.weights)
+        scores = _change(s, g)  # b l v s
         if step.edges[0] is not None:
-            found[0] = torch.einsum("vnhls,nhse->vnhle", scores, s.k)
+            found[0] = torch.bmm(scores.flatten(1, 2), s.k).unflatten(1, (-1, v))
         if step.edges[1] is not None:
-            found[1] = torch.einsum("vnhls,nhle->vnhse", scores, s.q)
+            toward_key = torch.bmm(scores.flatten(2).mT, s.q)
+            found[1] = toward_key.unflatten(1, (v, -1)).transpose(1, 2)
         if step.wanted(3) is not None:
             found[3] = scores
-    return [f if f is None or f.dtype == g.dtype else f.to(g.dtype) for f in found]
+    return [None if f is None else f.unflatten(0, (n, -1)).permute(3, 0, 1, 2, 4) for f in found]
+
+
+def _change(s: _Shared, g: Tensor) -> Tensor:
+    """``dS[b,l,v,s]``."""
+    change = torch.bmm(g.flatten(1, 2), s.v.mT).view(*g.shape[:3], -1)
+    mean = (g * s.output).sum(-1, keepdim=True)
+    if torch.is_grad_enabled():
+        return s.weights * (change - mean)
+    return change.sub_(mean).mul_(s.weights)
