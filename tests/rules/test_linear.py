@@ -26,6 +26,10 @@ def tied(a: Tensor) -> Tensor:
     return a @ a
 
 
+def repeated(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b.expand(4, 3, 5))
+
+
 def bilinear(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return F.bilinear(a, b, weight) + 0
 
@@ -47,6 +51,9 @@ CASES = [
         at=((FIRST, 4), (SampleAxis(0, 2, 1), 2), (SECOND, 2), (THIRD, 5)),
     ),
     Case("BmmBackward0", torch.bmm, ((2, 12, 3), (2, 3, 2)), at=((SampleAxis(1, 2, 3), 2),)),
+    Case(
+        "BmmBackward0", repeated, ((4, 2, 3), (3, 5)), at=((FIRST, 4), (SECOND, 2)), dtypes=ALL,
+    ),
     Case(
         "BaddbmmBackward0", partial(torch.baddbmm, beta=0.5, alpha=3), dtypes=ALL,
         shapes=((1, 5), (4, 2, 3), (4, 3, 5)), at=((FIRST, 4), (SECOND, 2), (THIRD, 5)),

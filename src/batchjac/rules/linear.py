@@ -143,7 +143,18 @@ def products(step: Step, blocks: Blocks) -> Any:
 
 def _toward(product: Product, f: Factor, g: Tensor) -> Tensor:
     """The sentence read backwards; a matrix that all rows go through has a kernel of its own."""
-    if (product.out, f.mine, *f.letters) == ("no", "nk", "ko") and g.shape[-1] == len(f.others[0].T):
-        return kernels.linear(g, f.others[0])
+    matrix = _matrix(product, f)
+    if matrix is not None and g.shape[-1] == matrix.shape[-1]:
+        return kernels.linear(g, matrix)
     sentence = ",".join(("v" + product.out, *f.letters))
     return torch.einsum(f"{sentence}->v{f.mine}", g, *f.others)
+
+
+def _matrix(product: Product, f: Factor) -> Tensor | None:
+    """The other factor where it is one matrix, or one expanded to a batch as in ``nn.Linear``."""
+    sentence = (product.out, f.mine, *f.letters)
+    other = f.others[0]
+    if sentence == ("no", "nk", "ko"):
+        return other
+    repeated = sentence == ("bno", "bnk", "bko") and other.stride(0) == 0 and len(other) > 0
+    return other[0] if repeated else None
