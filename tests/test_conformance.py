@@ -23,7 +23,10 @@ OPERATOR_DECKS = 48
 MODULE_DECKS = 24
 
 # No case of these can be right; each has the reason. The databases hold nothing else of the kind.
-NEVER_RIGHT: dict[str, str] = {}
+NEVER_RIGHT = {
+    "as_strided_scatter": "torch reads the gradient's storage from its start, whatever its offset: "
+    "samples reach each other in autograd itself, and the answer is CouplingError",
+}
 
 
 def settle(subjects: Iterable[Subject], what: str, record: Record) -> None:
@@ -46,7 +49,8 @@ def test_operators(deck: int, record_property: Record) -> None:
     found = [survey(operators.label(op), operators.cases(op, OPERATOR_SAMPLES)) for op in dealt]
     settle(found, "operators", record_property)
     for subject in found:
-        assert subject.routes["loop"] > 0, f"{subject.name} was not compared node by node"
+        compared = subject.routes["loop"] > 0 or subject.name in NEVER_RIGHT
+        assert compared, f"{subject.name} was not compared node by node"
 
 
 @pytest.mark.parametrize("deck", range(MODULE_DECKS))

@@ -49,7 +49,14 @@ def solve(
     with untouched(problem.module):
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
-        return _Run(problem, allowed, max_memory is not None, out, fixed).answer()
+        try:
+            return _Run(problem, allowed, max_memory is not None, out, fixed).answer()
+        except CouplingError:
+            if problem.batched or not problem.vmapped:
+                raise
+        # one sample at a time there is nothing to couple: vmap did it (torch.roll of a scalar)
+        plain = replace(problem, vmapped=False)
+        return _Run(plain, allowed, max_memory is not None, out, fixed).answer()
 
 
 def _count_nan(problem: Problem) -> None:

@@ -23,6 +23,7 @@ _ROOT_EPS = {
     torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2,
 }  # fmt: skip
 
+_FEW = 4  # samples: torch.roll of a scalar is right under vmap for one and two
 _VMAP = -1  # beside the signatures of graphs: vmap was compared
 _trusted: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
 
@@ -40,20 +41,24 @@ def signature(job: Job) -> int:
 def vmap_agrees(problem: Problem) -> bool:
     """Whether a function of one sample is the same under ``torch.vmap`` as called on each sample.
 
-    Some of torch's batching rules are wrong. Two samples, their values and one random cotangent
-    tell, the first time a function is seen.
+    Some of torch's batching rules are wrong. A few samples, their values and one cotangent that
+    differs between them tell, the first time a function is seen.
     """
     owner = problem.module or problem.function
     with contextlib.suppress(TypeError):
         if _VMAP in _trusted.get(owner, set()):
             return True
     found = []
-    for vmapped in (True, False):
-        with capture(replace(problem, vmapped=vmapped), slice(0, 2)) as captured:
-            try:
-                found.append(_looked_at(captured))
-            except RuntimeError:  # an operation without a derivative under vmap
-                found.append([])
+    with torch.random.fork_rng([]):
+        state = torch.get_rng_state()
+        for vmapped in (True, False):
+            with capture(replace(problem, vmapped=vmapped), slice(0, _FEW)) as captured:
+                try:
+                    found.append(_looked_at(captured))
+                except RuntimeError:  # an operation without a derivative under vmap
+                    found.append([])
+        if not torch.equal(state, torch.get_rng_state()):
+            return False  # random numbers are drawn sample by sample, as a loop draws them
     fast, plain = found
     same = len(fast) == len(plain) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
