@@ -6,7 +6,7 @@ import operator
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,30 +33,45 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
         if module is not None:
             before.note(module)
         else:
-            stack.enter_context(_at_first_call(lambda m: before.note(m, running=True)))
+            stack.enter_context(_noted(before))
         yield
     before.check()
 
 
 @contextlib.contextmanager
-def _at_first_call(act: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call ``act`` on every module that runs in this block, before it runs the first time.
+def _noted(before: "_Before") -> Iterator[None]:
+    """Note every module that runs in this block, before it runs the first time and afterwards.
 
     Inside a ``torch.func`` transform a module's tensors stand for others, so it is left alone.
     """
     known: set[int] = set()
+    outer: list[nn.Module] = []  # the modules whose calls we are in
 
-    def hook(module: nn.Module, args: Any) -> None:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if id(module) not in known and not transformed:
+    def enter(module: nn.Module, args: Any) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        if id(module) not in known:
             known.add(id(module))
-            act(module)
+            before.note(module, running=True)
+        if not outer:
+            before.enter(module)
+        outer.append(module)
 
-    handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if outer and outer[-1] is module:
+            outer.pop()
+            if not outer:
+                before.leave(module)
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -118,30 +133,47 @@ class _Before:
     def __init__(self) -> None:
         self.attributes: dict[nn.Module, dict[str, Any]] = {}
         self.contents: dict[int, tuple[Any, Any]] = {}  # by id: a container and its shallow copy
-        self.buffers: dict[Tensor, tuple[Tensor, int]] = {}
+        self.entered: dict[tuple[nn.Module, str], dict[str, Any]] = {}
+        self.replaced: dict[tuple[nn.Module, str, str], tuple[Any, Any]] = {}
+        self.buffers: dict[Tensor, Tensor] = {}
         self.parameters: dict[Tensor, _Parameter] = {}
 
     def note(self, module: nn.Module, running: bool = False) -> None:
         """Remember a module and all below it; what is known already stays as it was.
 
         A module that is ``running`` may have other tensors in its tables for the time of the call
-        (``torch.func.functional_call``); those tables are left to whoever changed them.
+        (``torch.func.functional_call``); of those tables only what the call itself replaces is put
+        back.
         """
         for child in module.modules():
             if child not in self.attributes:
                 held = dict(vars(child))
                 if running:
-                    for table in ("_parameters", "_buffers"):
+                    for table in _TENSORS:
                         held.pop(table, None)
                 self.attributes[child] = held
                 self._contents(held)
         refuse_lazy(module)
         for buffer in module.buffers():
             if buffer not in self.buffers:
-                self.buffers[buffer] = (buffer.detach().clone(), buffer._version)
+                self.buffers[buffer] = buffer.detach().clone()
         for name, p in module.named_parameters():
             if p not in self.parameters:
                 self.parameters[p] = _Parameter.of(name, p)
+
+    def enter(self, module: nn.Module) -> None:
+        """Copy the tables of a module that begins to run."""
+        self.entered = {(m, t): dict(table) for m, t, table in _tables(module)}
+
+    def leave(self, module: nn.Module) -> None:
+        """Note what the call has replaced in the tables, and what was there first."""
+        for child, kind, now in _tables(module):
+            then = self.entered.get((child, kind), {})
+            for name in {**then, **now}:
+                old, new = then.get(name, _NONE), now.get(name, _NONE)
+                if old is not new:
+                    first, last = self.replaced.get((child, kind, name), (old, old))
+                    self.replaced[child, kind, name] = (first if last is old else old, new)
 
     def _contents(self, held: Any) -> None:
         """Copy the containers among these values, and those inside them."""
@@ -156,12 +188,15 @@ class _Before:
             _restore(owner, held)
         for container, before in self.contents.values():
             _refill(container, before)
-        with torch.no_grad():
-            for buffer, (value, _) in self.buffers.items():
-                # batch normalisation writes its statistics without counting the version up; a
-                # needless write would spoil graphs of the caller that saved the buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for (child, kind, name), (old, new) in self.replaced.items():
+            table = vars(child)[kind]
+            if table.get(name, _NONE) is new:
+                _put(table, name, old)
+        for buffer, value in self.buffers.items():
+            # batch normalisation writes its statistics without counting the version up, and so do
+            # we: the caller may have a graph that saved the buffer
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
         for p, parameter in self.parameters.items():
             parameter.restore(p)
 
@@ -186,12 +221,32 @@ def refuse_lazy(module: nn.Module) -> None:
             )
 
 
+_NONE = object()  # no entry
+_TENSORS = ("_parameters", "_buffers")
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
+    """The tables of tensors of a module and all below it; a scripted module has others."""
+    for child in module.modules():
+        for kind in _TENSORS:
+            table = vars(child).get(kind)
+            if isinstance(table, dict):
+                yield child, kind, table
+
+
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    if value is _NONE:
+        table.pop(name, None)
+    else:
+        table[name] = value
+
+
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
     held = vars(module)
-    for name in [n for n in held if n not in before and n not in ("_parameters", "_buffers")]:
+    for name in [n for n in held if n not in before and n not in _TENSORS]:
         del held[name]
     for name, value in before.items():
         if held.get(name) is not value:
