@@ -78,11 +78,9 @@ def _looked_at(captured: Capture) -> list[Tensor]:
         found.append(y.detach())
         if y.requires_grad and edges:
             weights = torch.linspace(0, 1, y.numel(), dtype=y.dtype, device=y.device)
-            grads = torch.autograd.grad(
-                y, edges, weights.cos().reshape(y.shape), retain_graph=True, allow_unused=True,
-                materialize_grads=True,
-            )  # fmt: skip
-            found += grads
+            cotangent = weights.cos().reshape(y.shape)
+            grads = torch.autograd.grad(y, edges, cotangent, retain_graph=True, allow_unused=True)
+            found += [torch.zeros(()) if g is None else g for g in grads]
     return found
 
 
