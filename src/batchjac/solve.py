@@ -28,6 +28,7 @@ from batchjac.independence import Proof, prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.locate import modules
 from batchjac.memory import Chunk
+from batchjac.plan import Plan
 from batchjac.problem import Problem
 from batchjac.samples import SHARED
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
@@ -86,8 +87,11 @@ class _Run:
     skeleton: Capture | None = None
     chunk: Chunk = field(default_factory=lambda: Chunk(0, 0))
     result: int = 0  # bytes, unless the caller brought the memory
+    heap: memory.Heap = field(default_factory=memory.Heap)
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
     checked: bool = False  # a chunk of at least two samples was looked at
+    independence: str = "not asked"
+    rows: int = 0  # of the last walk
 
     @property
     def whole(self) -> bool:
@@ -98,7 +102,6 @@ class _Run:
         """All chunks of samples, then the nested result."""
         start, n = 0, self.problem.samples
         self.chunk = self._first()
-        heap = memory.Heap()
         while start < n:
             stop = min(n, start + self.chunk.samples)
             try:
@@ -111,7 +114,6 @@ class _Run:
                 gc.collect()
             if done:
                 start = stop
-                heap.settle(self.result * stop // n, self.allowed - self.result)
         self._report()
         assert self.skeleton is not None
         return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
@@ -156,6 +158,7 @@ class _Run:
                 fewer = min(self.chunk.samples, captured.samples // 2)
                 self.chunk = replace(self.chunk, samples=fewer)
                 return False
+        self.rows = here.rows
         for job in work:
             self._fill(job, captured, here.rows)
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
@@ -184,6 +187,7 @@ class _Run:
         shapes = [_shape(self.problem, job, goal) for job, goal in goals]
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
         self.result = 0 if self.out is not None else sum(own)
+        self.heap.allow(self.allowed - self.result)
         if self.fixed is None:
             self._chunk(
                 work, captured, self.problem.samples, self.whole
@@ -200,7 +204,11 @@ class _Run:
         else:
             tensor = torch.empty(shape, dtype=target.dtype, device=target.device)
         inner = shape[1 + len(job.seeds.shape) :]
-        return Preallocated(shape, rows, inner, tensor)
+        # memory that the caller brought may lie in a file
+        width = 0 if self.out is not None else tensor.element_size()
+        return Preallocated(
+            shape, rows, inner, tensor, lambda entries: self.heap.wrote(width * entries)
+        )
 
     def _check(self, job: Job, captured: Capture) -> None:
         """Refuse coupled samples, unless the question says what to do with them."""
@@ -219,8 +227,12 @@ class _Run:
         own = all(g.target.per_sample for g in job.goals)
         graph = job.graph if own else job.towards(targets)
         proof = job.proof if own else prove(graph, job.y)
-        if captured.samples == 1 or (proof.holds(targets) and not self.by_engine):
+        if captured.samples == 1:
             return
+        if proof.holds(targets) and not self.by_engine:
+            self.independence = "proved from the graph"
+            return
+        self.independence = "probed"
         if job.leaks(None if self.by_engine else graph, not verify.trusted(job)):
             raise CouplingError(_coupled(self.problem, captured, graph, proof))
 
@@ -278,6 +290,17 @@ class _Run:
         if self.kernels.slow:
             listed = ", ".join(f"{name} ({way})" for name, way in self.kernels.slow.items())
             log.info("nodes without a rule, called themselves: %s", listed)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("plan\n%s", self.plan())
+
+    def plan(self) -> Plan:
+        """How this call was computed."""
+        n, width = self.problem.samples, max((s.rows for s in self.sinks.values()), default=0)
+        return Plan(
+            samples=min(self.chunk.samples, n), batch=n, rows=min(self.rows, width), width=width,
+            engine="rows" if self.by_engine else "walk", independence=self.independence,
+            kernels=self.kernels.ways,
+        )  # fmt: skip
 
     def _value(self) -> Any:
         """The function's own value, its chunks joined."""
