@@ -469,6 +469,16 @@ def test_no_graph_stays(question: str) -> None:
     del kept
 
 
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.usefixtures("without_gc")
+def test_nobody_else_holds_the_answer(question: str) -> None:
+    options = QUESTIONS[question] if question != "several" else {}
+    j = jacobian(nn.Sequential(OrderedDict(first=nn.Linear(3, 2))), torch.randn(N, 3), **options)
+    held = [weakref.ref(part) for part in (j.values() if isinstance(j, dict) else [j])]
+    del j
+    assert [ref() for ref in held] == [None] * len(held)
+
+
 @pytest.mark.usefixtures("without_gc")
 def test_no_graph_stays_after_an_error() -> None:
     class Fails(Holding):

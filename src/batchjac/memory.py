@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,13 @@ FORWARD = 2.0
 # the allocator leaves holes. Source: tests/test_memory.py, whose cases stay below their budgets.
 WALK = 3.0
 # One part in so many of what is left beside the result is set aside for pages freed but not given
-# back: fewer calls to ``Heap.settle`` do something, each of which takes a millisecond or two.
+# back, since giving them back takes a millisecond or two.
 HELD = 8
 # What a walk may touch at a time. More leaves the last-level cache, and blocks above 32 MiB are
 # fresh pages every time, which glibc maps at a tenth of the speed of reused ones.
 # Source: eleven models timed at up to twelve chunk sizes each, 32 MiB of L3: the best was at 50 to
 # 110 MiB of predicted blocks and up to four times faster than all rows at once.
-CACHE = 96 << 20
+CACHE = 48 << 20
 # Bytes of activations for one byte of input and one output channel of any layer: four of them
 # where the input is a byte, before and after the activation function, and once more beside.
 _PER_CHANNEL = 4
@@ -125,11 +126,23 @@ class Heap:
     def __init__(self) -> None:
         _keep_freed_blocks()
         self.start = _resident()
+        self.limit = 1 << 62
+        self.written = 0
+        self.looked = 0.0
 
-    def settle(self, written: int, left: int) -> None:
-        """Hand pages back; call where little is alive but the ``written`` bytes of the result."""
-        if _trim is not None and _resident() - self.start - written > left // HELD:
-            _trim(0)
+    def allow(self, left: int) -> None:
+        """Hand pages back from when a share of ``left`` bytes is held."""
+        self.limit = left // HELD
+
+    def wrote(self, size: int) -> None:
+        """Call after each walk, when little is alive but the result, ``size`` bytes longer now."""
+        self.written += size
+        now = time.perf_counter()
+        if now - self.looked > 1e-3:  # looking takes microseconds, so not after every row
+            self.looked = now
+            if _trim is not None and _resident() - self.start - self.written > self.limit:
+                _trim(0)
+                self.start = _resident() - self.written  # what remains is alive
 
 
 @functools.cache

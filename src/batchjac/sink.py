@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +35,22 @@ class Sink(ABC):
 
 
 class Preallocated(Sink):
-    """Writes straight into a tensor ``[N, *out, *in]``: the caller's, or a new one."""
+    """Writes straight into a tensor ``[N, *out, *in]``: the caller's, or a new one.
+
+    ``wrote`` is told how many entries after each piece.
+    """
 
     def __init__(
-        self, shape: tuple[int, ...], rows: int, inner: tuple[int, ...], tensor: Tensor
+        self,
+        shape: tuple[int, ...],
+        rows: int,
+        inner: tuple[int, ...],
+        tensor: Tensor,
+        wrote: Callable[[int], None],
     ) -> None:
         super().__init__(shape, rows)
         self.tensor = tensor
+        self.wrote = wrote
         try:
             self.view = tensor.view(shape[0], rows, *inner)
         except RuntimeError as error:
@@ -51,6 +61,7 @@ class Preallocated(Sink):
 
     def put(self, sample: int, row: int, piece: Tensor) -> None:
         self.view[sample : sample + piece.shape[0], row : row + piece.shape[1]].copy_(piece)
+        self.wrote(piece.numel())
 
     def chunk(self, samples: slice) -> Tensor:
         return self.view[samples]

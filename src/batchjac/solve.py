@@ -206,9 +206,8 @@ class _Run:
         inner = shape[1 + len(job.seeds.shape) :]
         # memory that the caller brought may lie in a file
         width = 0 if self.out is not None else tensor.element_size()
-        return Preallocated(
-            shape, rows, inner, tensor, lambda entries: self.heap.wrote(width * entries)
-        )
+        heap = self.heap  # and not self, which holds the sinks
+        return Preallocated(shape, rows, inner, tensor, lambda entries: heap.wrote(width * entries))
 
     def _check(self, job: Job, captured: Capture) -> None:
         """Refuse coupled samples, unless the question says what to do with them."""

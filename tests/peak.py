@@ -1,0 +1,211 @@
+"""Peak memory of calls, each in a process of its own: ``python -m tests.peak conv 64 128``.
+
+The parent imports torch and builds nothing; a child is forked for every budget, warms up on two
+samples, and measures how far the memory of its process rises above where it then stands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import batchjac
+from batchjac.errors import BatchjacError
+
+
+class Encoder(nn.Module):
+    def __init__(self, d: int, hidden: int, layers: int = 1) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(d, 4, hidden, batch_first=True, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Tokens(nn.Module):
+    """From tokens to classes: integers of eight bytes become thousands of numbers each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 64)
+        self.encoder = Encoder(64, 128, 2)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, i: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(self.embedding(i)).mean(1))
+        return y
+
+
+class NoRules(nn.Module):
+    """Operations that few have a rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(256, 512)
+        self.last = nn.Linear(512, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.special.erfcx(torch.special.i0e(self.first(x)).cumsum(1) * 0.01)
+        y: Tensor = self.last(h)
+        return y
+
+
+def mlp(*widths: int, norm: bool = False) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(1024, 10),
+    ).eval()  # fmt: skip
+
+
+def small_conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 10),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked and of what; ``closure`` hides the module from the library."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    closure: bool = False
+    mapped: tuple[int, ...] | None = None  # the result goes to a memory-mapped file
+
+    def function(self) -> Callable[..., Any]:
+        model = self.model()
+        return (lambda x: model(x)) if self.closure else model
+
+
+def images(n: int, channels: int, width: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(n, channels, width, width)
+
+
+CALLS = {
+    "conv": Call(conv, images(40, 3, 64)),
+    "conv behind a function": Call(conv, images(40, 3, 64), closure=True),
+    "many outputs": Call(lambda: mlp(64, 512, 512, 200), lambda: torch.randn(400, 64)),
+    "decoder": Call(lambda: mlp(16, 256, 512, 1024), lambda: torch.randn(64, 16)),
+    "transformer": Call(lambda: Encoder(32, 64), lambda: torch.randn(50, 12, 32)),
+    "tokens": Call(Tokens, lambda: torch.randint(0, 100, (200, 32)), {"wrt": "embedding"}),
+    "parameters": Call(small_conv, images(150, 1, 28), {"wrt": "parameters"}),
+    "parameters and samples coupled": Call(
+        lambda: mlp(32, 48, 4, norm=True), lambda: torch.randn(64, 32),
+        {"wrt": "parameters", "coupling": "full"},
+    ),
+    "without rules": Call(NoRules, lambda: torch.randn(400, 256)),
+    "mapped": Call(lenet, images(1600, 1, 32), mapped=(1600, 10, 1, 32, 32)),
+}  # fmt: skip
+
+
+def status(key: str) -> int:
+    """Bytes from ``/proc/self/status``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) << 10
+    raise KeyError(key)
+
+
+def level(key: str = "VmRSS") -> int:
+    """Bytes held now, freed pages given back; the high-water mark starts again from here."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status(key)
+
+
+class Watched:
+    """The most anonymous memory while a block runs: pages of a mapped file can be dropped."""
+
+    def __enter__(self) -> Watched:
+        self.peak, self.stop = status("RssAnon"), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.001):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def measure(call: Call, budget: int) -> dict[str, Any]:
+    """Bytes above the level after a warm-up, and bytes of the result."""
+    torch.manual_seed(0)
+    f, x = call.function(), call.inputs()
+    batchjac.jacobian(f, x[:2], **call.options)
+    if call.mapped is not None:
+        with tempfile.NamedTemporaryFile() as file:
+            out = np.memmap(file.name, np.float32, "w+", shape=call.mapped)
+            before = level("RssAnon")
+            with Watched() as watched:
+                batchjac.jacobian(f, x, max_memory=budget, out=out, **call.options)
+            few = batchjac.jacobian(f, x[-3:], **call.options).numpy()
+            np.testing.assert_allclose(out[-3:], few, rtol=1e-4, atol=1e-6)
+            return {"peak": watched.peak - before, "result": out.nbytes}
+    before = level()
+    j = batchjac.jacobian(f, x, max_memory=budget, **call.options)
+    parts = j.values() if isinstance(j, dict) else [j]
+    return {"peak": status("VmHWM") - before, "result": sum(p.nbytes for p in parts)}
+
+
+def in_child(call: Call, budget: int) -> dict[str, Any]:
+    """``measure`` in a process that did nothing before."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = measure(call, budget)
+        except BatchjacError as error:
+            said = {"error": str(error)}
+        os.write(writer, json.dumps(said).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    _, code = os.waitpid(child, 0)
+    return json.loads(text) if text else {"error": f"the process ended with {code}"}
+
+
+def main(name: str, budgets: list[str]) -> None:
+    torch.set_num_threads(1)
+    for mebibytes in budgets:
+        print(json.dumps(in_child(CALLS[name], int(mebibytes) << 20)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
