@@ -26,7 +26,7 @@ _TRIAL = (512, 256, 256)
 # Bytes of cotangents that convolutions are timed on; smaller questions than the last are not worth
 # the trial, which costs a dozen times the convolution itself.
 _TRIAL_BYTES = 1 << 20
-_SMALL_CONVOLUTION = 1 << 22  # multiply-adds
+_SMALL_CONVOLUTION = 1 << 20  # multiply-adds
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 

@@ -108,6 +108,12 @@ def zero(block: Block) -> Block:
     return block.with_data(block.data.new_zeros((block.rows,) + (1,) * len(block.shape)))
 
 
+def open_last(block: Block) -> Tensor:
+    """The data, its last axis at full size: repeated along it, a gate takes four times as long."""
+    repeated = bool(block.shape) and block.data.shape[-1] == 1
+    return block.spread(-1).contiguous() if repeated else block.data
+
+
 def real_within_complex(step: Step) -> bool:
     """Whether a real edge meets complex rows: the node then drops what multiplies the imaginary."""
     real = any(e is not None and not e.meta.dtype.is_complex for e in step.edges)
@@ -158,7 +164,7 @@ def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n]`` where ``y[n] > 0``, else 0."""
     g = only(blocks)
     y = wide(step.saved("result"), len(g.shape))
-    return [g.with_data(aten.threshold_backward(g.data, y, 0))]
+    return [g.with_data(aten.threshold_backward(open_last(g), y, 0))]
 
 
 @rule(*GATES, samples=elementwise)
