@@ -370,7 +370,7 @@ LATER = [
 OTHERS = [
     bad("coupled samples", CouplingError, r"0 \(BatchNorm1d\).* Use model\.eval\(\)",
         f=nn.Sequential(nn.BatchNorm1d(3))),
-    bad("too little memory", BudgetError, "max_memory allows 1 bytes, but the result takes 96",
+    bad("too little memory", BudgetError, "max_memory allows 1 bytes, but what is kept takes 96",
         max_memory=1),
 ]  # fmt: skip
 

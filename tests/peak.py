@@ -7,6 +7,7 @@ samples, and measures how far the memory of its process rises above where it the
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ class NoRules(nn.Module):
 
 def mlp(*widths: int, norm: bool = False) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -114,19 +115,22 @@ def images(n: int, channels: int, width: int) -> Callable[[], Tensor]:
 
 
 CALLS = {
-    "conv": Call(conv, images(40, 3, 64)),
-    "conv behind a function": Call(conv, images(40, 3, 64), closure=True),
-    "many outputs": Call(lambda: mlp(64, 512, 512, 200), lambda: torch.randn(400, 64)),
-    "decoder": Call(lambda: mlp(16, 256, 512, 1024), lambda: torch.randn(64, 16)),
+    "conv": Call(conv, images(32, 3, 64)),
+    "conv behind a function": Call(conv, images(24, 3, 64), closure=True),
+    "many outputs": Call(lambda: mlp(64, 512, 512, 200), lambda: torch.randn(200, 64)),
+    "decoder": Call(lambda: mlp(16, 256, 512, 1024), lambda: torch.randn(32, 16)),
     "transformer": Call(lambda: Encoder(32, 64), lambda: torch.randn(50, 12, 32)),
-    "tokens": Call(Tokens, lambda: torch.randint(0, 100, (200, 32)), {"wrt": "embedding"}),
-    "parameters": Call(small_conv, images(150, 1, 28), {"wrt": "parameters"}),
+    "tokens": Call(Tokens, lambda: torch.randint(0, 100, (150, 32)), {"wrt": "embedding"}),
+    "parameters": Call(small_conv, images(80, 1, 28), {"wrt": "parameters"}),
     "parameters and samples coupled": Call(
         lambda: mlp(32, 48, 4, norm=True), lambda: torch.randn(64, 32),
         {"wrt": "parameters", "coupling": "full"},
     ),
-    "without rules": Call(NoRules, lambda: torch.randn(400, 256)),
-    "mapped": Call(lenet, images(1600, 1, 32), mapped=(1600, 10, 1, 32, 32)),
+    "with a history": Call(
+        lambda: mlp(64, 128, 128, 20), lambda: torch.randn(400, 64), {"create_graph": True}
+    ),
+    "without rules": Call(NoRules, lambda: torch.randn(300, 256)),
+    "mapped": Call(lenet, images(2000, 1, 32), mapped=(2000, 10, 1, 32, 32)),
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ FORWARD = 2.0
 # A node computes its gradient beside what it reads (im2col columns, a padded copy, a cast), and
 # the allocator leaves holes. Source: tests/test_memory.py, whose cases stay below their budgets.
 WALK = 3.0
+# With a history all blocks stay, and factors beside them. Source: as above.
+HISTORY = 1.5
 # One part in so many of what is left beside the result is set aside for pages freed but not given
 # back, since giving them back takes a millisecond or two.
 HELD = 8
@@ -36,7 +38,7 @@ HELD = 8
 # fresh pages every time, which glibc maps at a tenth of the speed of reused ones.
 # Source: eleven models timed at up to twelve chunk sizes each, 32 MiB of L3: the best was at 50 to
 # 110 MiB of predicted blocks and up to four times faster than all rows at once.
-CACHE = 48 << 20
+CACHE = 64 << 20
 # Bytes of activations for one byte of input and one output channel of any layer: four of them
 # where the input is a byte, before and after the activation function, and once more beside.
 _PER_CHANNEL = 4
@@ -226,6 +228,36 @@ def _live(graph: Graph, samples: int, shared: Collection[Slot]) -> int:
     return peak
 
 
+def check_history(
+    graphs: Sequence[Graph],
+    captured: int,
+    samples: int,
+    rows: int,
+    shared: Collection[Slot],
+    allowed: int,
+    result: int,
+) -> None:
+    """Refuse a differentiable answer, which keeps every block of every walk, if that is too much.
+
+    ``captured`` samples were recorded, out of ``samples``. Chunks change nothing here.
+    """
+    blocks = sum(
+        _size(e.meta) * (captured if (e.node, e.slot) in shared else 1)
+        for graph in graphs
+        for step in graph.steps
+        for e in step.edges
+        if e is not None
+    )
+    each = need(graphs, captured, shared).saved + math.ceil(HISTORY * rows * blocks / captured)
+    total = 2 * result + samples * each  # the result is joined over rows, then over samples
+    if total > allowed:
+        raise BudgetError(
+            f"max_memory allows {_text(allowed)}, but with create_graph=True all that leads to the "
+            f"result stays, {_text(total)}; the least that would do is max_memory={total}. Take "
+            "fewer samples or select outputs="
+        )
+
+
 def first(
     tensors: Sequence[Tensor], module: nn.Module | None, samples: int, allowed: int, told: bool
 ) -> int:
@@ -276,7 +308,7 @@ def spare(allowed: int, result: int) -> int:
 def _too_small(least: int, allowed: int, result: int, whole: bool) -> str:
     total = result + math.ceil(least * HELD / (HELD - 1)) + 1
     return (
-        f"max_memory allows {_text(allowed)}, but the result takes {_text(result)} and "
+        f"max_memory allows {_text(allowed)}, but what is kept takes {_text(result)} and "
         f"{'the whole batch' if whole else 'one sample'} with one row {_text(total - result)} "
         f"beside it; the least that would do is max_memory={total}. If the result is what is "
         "large, select outputs= or pass out= a memory-mapped array"

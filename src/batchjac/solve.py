@@ -37,6 +37,8 @@ from batchjac.tree import Tree, flatten
 
 log = logging.getLogger("batchjac")
 
+_LOOK = 1 << 20  # entries of an input looked at together: what that copies is outside the budget
+
 
 def solve(
     problem: Problem, max_memory: int | str | None, out: Any, fixed: Chunk | None = None
@@ -64,7 +66,11 @@ def _count_nan(problem: Problem) -> None:
     for path, leaf in zip(problem.tree.paths, problem.tree.leaves, strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
-        bad = int(leaf.detach().reshape(len(leaf), -1).isnan().any(1).sum())
+        some = max(1, _LOOK // max(1, leaf[:1].numel()))
+        bad = sum(
+            int(part.reshape(len(part), -1).isnan().any(1).sum())
+            for part in leaf.detach().split(some)
+        )
         if bad:
             log.warning(
                 "inputs%s: %d of %d samples hold NaN, which passes through to their Jacobians",
@@ -86,12 +92,14 @@ class _Run:
     values: list[Tree] = field(default_factory=list)
     skeleton: Capture | None = None
     chunk: Chunk = field(default_factory=lambda: Chunk(0, 0))
+    most: Chunk = field(default_factory=lambda: Chunk(1 << 62, 1 << 62))  # since memory ran out
     result: int = 0  # bytes, unless the caller brought the memory
     heap: memory.Heap = field(default_factory=memory.Heap)
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
     checked: bool = False  # a chunk of at least two samples was looked at
     independence: str = "not asked"
     rows: int = 0  # of the last walk
+    need: memory.Need | None = None  # of the present capture
 
     @property
     def whole(self) -> bool:
@@ -110,13 +118,28 @@ class _Run:
                 if not is_out_of_memory(error):
                     raise
                 done = False
-                self.chunk = _halved(self.chunk, stop - start, error, self.whole)
+                self._shrink(stop - start, error)
                 gc.collect()
             if done:
                 start = stop
         self._report()
         assert self.skeleton is not None
         return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
+
+    def _shrink(self, samples: int, error: Exception) -> None:
+        """Half the samples, else half the rows, after memory ran out."""
+        if samples > 1 and not self.whole:
+            log.warning("out of memory with %d samples at a time; trying half", samples)
+            self.most = replace(self.most, samples=samples // 2)
+            self.chunk = replace(self.chunk, samples=samples // 2)
+        elif self.rows > 1:
+            log.warning("out of memory with %d rows at a time; trying half", self.rows)
+            self.most = replace(self.most, rows=self.rows // 2)
+        else:
+            raise BudgetError(
+                f"out of memory with {'the whole batch' if self.whole else 'one sample'} and one "
+                "row at a time; free memory, use a smaller model or input, or another device"
+            ) from error
 
     def _first(self) -> Chunk:
         """The first chunk, before anything is known but the inputs."""
@@ -139,6 +162,7 @@ class _Run:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
+        self.rows, self.need = 0, None
         here = self.chunk
         first = not self.sinks
         if first:
@@ -149,7 +173,8 @@ class _Run:
             self._walk(job, captured, partial(self._check, job, captured))
         if self.fixed is None:
             if first:
-                self.chunk = self._chunk(work, captured, self.problem.samples, self.whole)
+                best = self._chunk(work, captured, self.problem.samples, self.whole)
+                self.chunk = replace(best, samples=min(best.samples, self.most.samples))
             try:
                 here = self._chunk(work, captured, captured.samples, whole=True)
             except BudgetError:
@@ -158,18 +183,19 @@ class _Run:
                 fewer = min(self.chunk.samples, captured.samples // 2)
                 self.chunk = replace(self.chunk, samples=fewer)
                 return False
-        self.rows = here.rows
+        self.rows = min(here.rows, self.most.rows)
         for job in work:
-            self._fill(job, captured, here.rows)
+            self._fill(job, captured, self.rows)
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
         self.values.append(flatten(kept) if kept is not None else captured.values)
         return True
 
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
-        known = memory.need([job.graph for job in work], captured.samples, _shared(work))
-        rows = max((job.seeds.rows for job in work), default=1)
-        return memory.chunk(known, samples, rows, self.allowed, self.result, whole)
+        if self.need is None:
+            self.need = memory.need([job.graph for job in work], captured.samples, _shared(work))
+        rows = _rows(work)
+        return memory.chunk(self.need, samples, rows, self.allowed, self.result, whole)
 
     def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
         """The sinks, once the first capture has shown the shapes."""
@@ -187,6 +213,12 @@ class _Run:
         shapes = [_shape(self.problem, job, goal) for job, goal in goals]
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
         self.result = 0 if self.out is not None else sum(own)
+        if self.problem.create_graph and self.told:
+            graphs, n = [job.graph for job in work], self.problem.samples
+            memory.check_history(
+                graphs, captured.samples, n, _rows(work), _shared(work), self.allowed, sum(own)
+            )
+            self.allowed = 1 << 62  # chunks would only add small blocks to what stays
         self.heap.allow(self.allowed - self.result)
         if self.fixed is None:
             self._chunk(
@@ -310,6 +342,10 @@ class _Run:
         return last.build([_joined(column) for column in columns])
 
 
+def _rows(work: Sequence[Job]) -> int:
+    return max((job.seeds.rows for job in work), default=1)
+
+
 def _shared(work: Sequence[Job]) -> set[Slot]:
     """What all samples share on the way to parameters."""
     return {
@@ -348,20 +384,6 @@ def _shape(problem: Problem, job: Job, goal: Goal) -> tuple[int, ...]:
     if goal.target.per_sample and problem.coupling != "full":
         inner = inner[1:]
     return (problem.samples, *job.seeds.shape, *inner)
-
-
-def _halved(chunk: Chunk, samples: int, error: Exception, whole: bool) -> Chunk:
-    """Half the samples, else half the rows."""
-    if samples > 1 and not whole:
-        log.warning("out of memory with %d samples at a time; trying half", samples)
-        return replace(chunk, samples=samples // 2)
-    if 1 < chunk.rows < 1 << 62:
-        log.warning("out of memory with %d rows at a time; trying half", chunk.rows)
-        return replace(chunk, rows=chunk.rows // 2)
-    raise BudgetError(
-        "out of memory with one sample and one row at a time; free memory, use a smaller model or "
-        "input, or another device"
-    ) from error
 
 
 def _coupled(problem: Problem, captured: Capture, graph: Graph, proof: Proof) -> str:

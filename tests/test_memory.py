@@ -1,0 +1,264 @@
+"""``max_memory`` is kept, measured in fresh processes; when memory runs out, chunks are halved."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import batchjac.job
+from batchjac import jacobian, memory
+from batchjac.errors import BudgetError
+from batchjac.memory import Chunk, Need
+from tests.peak import CALLS
+
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+PLENTY = 16 << 10  # as if there were no limit
+BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
+    "conv": (64, 128, 256),
+    "many outputs": (64, 128, 256),
+    "transformer": (64, 128, 256),
+    "parameters": (64, 128, 256),
+}
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+
+
+def measured(name: str, *budgets: int) -> list[dict[str, Any]]:
+    """Peaks in bytes of one call under each budget in MiB, each in a process of its own."""
+    command = [sys.executable, "-m", "tests.peak", name, *map(str, budgets)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert run.returncode == 0, run.stderr
+    peaks = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [peak.get("error") for peak in peaks] == [None] * len(budgets)
+    return peaks
+
+
+@linux
+@pytest.mark.parametrize("name", CALLS)
+def test_a_budget_is_kept(name: str) -> None:
+    budgets = BUDGETS[name]
+    for budget, peak in zip(budgets, measured(name, *budgets), strict=True):
+        assert peak["peak"] <= budget * MIB, f"{peak['peak'] / MIB:.1f} MiB, allowed {budget}"
+        # a call that takes next to nothing would show nothing
+        assert peak["peak"] > min(peak["result"], 8 * MIB)
+
+
+@linux
+@pytest.mark.parametrize("name", ["conv", "mapped"])
+def test_a_budget_is_what_limits(name: str) -> None:
+    """The measurement can fail: with plenty of memory the same call takes more."""
+    (free,) = measured(name, PLENTY)
+    assert free["peak"] > 2 * min(BUDGETS[name]) * MIB
+
+
+def test_the_mapped_result_is_larger_than_its_budget() -> None:
+    shape = CALLS["mapped"].mapped
+    assert shape is not None
+    assert np.prod(shape) * 4 > max(BUDGETS["mapped"]) * MIB
+
+
+# The arithmetic of chunks.
+
+needs = st.builds(Need, saved=st.integers(0, 10**9), live=st.integers(1, 10**9))
+
+
+@given(
+    need=needs,
+    samples=st.integers(1, 10**6),
+    rows=st.integers(1, 10**5),
+    allowed=st.integers(1, 10**13),
+    result=st.integers(0, 10**12),
+    whole=st.booleans(),
+)
+@settings(max_examples=300)
+def test_a_chunk_fits_or_the_least_is_said(
+    need: Need, samples: int, rows: int, allowed: int, result: int, whole: bool
+) -> None:
+    try:
+        chunk = memory.chunk(need, samples, rows, allowed, result, whole)
+    except BudgetError as error:
+        least = int(re.findall(r"max_memory=(\d+)", str(error))[0])
+        assert least > allowed
+        chunk = memory.chunk(need, samples, rows, least, result, whole)
+        with pytest.raises(BudgetError, match="the least"):
+            memory.chunk(need, samples, rows, least - 16, result, whole)
+        allowed = least
+    assert 1 <= chunk.rows <= rows
+    assert chunk.samples == samples if whole else 1 <= chunk.samples <= samples
+    assert result + chunk.samples * (need.saved + chunk.rows * need.live) <= allowed
+
+
+def test_rows_are_cut_for_the_cache_before_samples() -> None:
+    plenty = 1 << 50
+    small = Need(saved=1000, live=memory.CACHE // 100)
+    assert memory.chunk(small, 10, 1000, plenty, 0, False) == Chunk(10, 10)
+    large = Need(saved=0, live=memory.CACHE // 4)
+    assert memory.chunk(large, 10, 3, plenty, 0, False) == Chunk(4, 1)
+    assert memory.chunk(large, 10, 3, plenty, 0, True) == Chunk(10, 1)
+
+
+def test_the_first_forward_takes_what_is_likely_to_fit() -> None:
+    wide, x = nn.Linear(100, 1000), torch.randn(50, 100)
+    first = functools.partial(memory.first, [x], wide, 50)
+    assert first(1 << 40, True) == 50
+    assert first(1 << 20, True) == 2
+    assert 2 < first(10 << 20, True) < 50
+    assert memory.first([x], None, 50, 1 << 40, True) == 2  # nothing to guess from
+    assert memory.first([x], None, 50, 1 << 40, False) == 50
+    assert memory.first([x[:1]], wide, 1, 1, True) == 1
+    tokens = torch.zeros(50, 100, dtype=torch.int64)
+    assert memory.first([tokens], None, 50, 1 << 30, False) < memory.first(
+        [x], None, 50, 1 << 30, False
+    )
+
+
+def test_free_memory_is_plausible() -> None:
+    free = memory.free(torch.device("cpu"))
+    assert 0 < free < 1 << 50
+    assert memory.budget(None, torch.device("cpu")) == pytest.approx(free / 2, rel=0.2)
+    assert memory.budget("1.5 KiB", torch.device("cpu")) == 1536
+    assert memory.budget(1e6, torch.device("cpu")) == 10**6
+
+
+# Running out.
+
+
+def cpu_allocator() -> Exception:
+    return RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 1000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    )
+
+
+FAILURES: dict[str, Callable[[], Exception]] = {
+    "python": MemoryError,
+    "torch": lambda: torch.OutOfMemoryError("CUDA out of memory."),
+    "the CPU allocator": cpu_allocator,
+}
+
+
+class Limited(nn.Module):
+    """Runs out of memory with more than ``most`` samples, and notes how many came."""
+
+    def __init__(self, most: int, failure: Callable[[], Exception]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.most, self.failure = most, failure
+        self.norm = nn.BatchNorm1d(2)
+        self.norm.eval()
+        Limited.came = []
+
+    came: ClassVar[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        Limited.came.append(len(x))
+        if len(x) > self.most:
+            raise self.failure()
+        y: Tensor = self.norm(self.layers(x))
+        return y
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_out_of_memory_halves_the_samples(failure: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Limited(5, FAILURES[failure]), torch.randn(16, 3)
+    expected = jacobian(model.layers, x)
+    scale = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
+    with caplog.at_level(logging.WARNING, logger="batchjac"):
+        y, j = batchjac.value_and_jacobian(model, x)
+    torch.testing.assert_close(j, scale[:, None] * expected)
+    model.most = 16
+    torch.testing.assert_close(y, model(x).detach())
+    assert Limited.came[:-1] == [16, 8, 4, 4, 4, 4]
+    said = [r.getMessage() for r in caplog.records]
+    assert said[0] == "out of memory with 16 samples at a time; trying half"
+
+
+@pytest.mark.parametrize("wrt", ["inputs", "parameters", "layers.0"])
+def test_out_of_memory_keeps_every_kind_of_answer(wrt: str) -> None:
+    model, x = Limited(3, MemoryError), torch.randn(10, 3)
+    found = jacobian(model, x, wrt=wrt)
+    model.most = 10
+    torch.testing.assert_close(found, jacobian(model, x, wrt=wrt))
+
+
+def test_out_of_memory_with_one_sample_says_so() -> None:
+    with pytest.raises(BudgetError, match="out of memory with one sample") as caught:
+        jacobian(Limited(0, MemoryError), torch.randn(4, 3))
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert Limited.came == [4, 2, 1]
+
+
+def test_the_users_own_runtime_errors_are_not_taken_for_it() -> None:
+    with pytest.raises(RuntimeError, match=r"^no memory of this$"):
+        jacobian(Limited(0, lambda: RuntimeError("no memory of this")), torch.randn(4, 3))
+    assert Limited.came == [4]
+
+
+@pytest.mark.parametrize("coupling", ["error", "full", "frozen", "sum"])
+def test_out_of_memory_in_the_walk_halves_samples_or_rows(
+    coupling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 8)), torch.randn(6, 3)
+    if coupling == "error":
+        model.eval()
+    expected = jacobian(model, x, coupling=coupling)
+    walk, sizes = batchjac.job.walk, []
+
+    def limited(graph: Any, seeds: Any, *rest: Any, **more: Any) -> Any:
+        (block,) = seeds.values()
+        sizes.append((block.shape[0], block.rows))
+        if block.shape[0] * block.rows > 20:
+            raise MemoryError
+        return walk(graph, seeds, *rest, **more)
+
+    monkeypatch.setattr(batchjac.job, "walk", limited)
+    found = jacobian(model, x, coupling=coupling)
+    torch.testing.assert_close(found, expected)
+    samples = {n for n, _ in sizes}
+    assert max(n * rows for n, rows in sizes) > 20
+    assert (samples == {6}) == (coupling != "error")
+
+
+LIMIT = """
+import resource, sys
+import torch
+from torch import nn
+import batchjac
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Tanh(), nn.Conv2d(32, 32, 3, padding=1),
+                      nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 4))
+x = torch.randn(256, 3, 32, 32)
+expected = batchjac.jacobian(model, x[-4:])
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
+j = batchjac.jacobian(model, x, max_memory="8GiB")  # more than there is
+torch.testing.assert_close(j[-4:], expected)
+print(tuple(j.shape))
+"""
+
+
+@linux
+def test_a_process_that_may_have_no_more_gets_its_answer() -> None:
+    """The allocator itself fails here, as it does when a machine is full."""
+    command = [sys.executable, "-c", LIMIT]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "(256, 4, 3, 32, 32)\n"
+    assert "out of memory with 256 samples at a time; trying half" in run.stderr
