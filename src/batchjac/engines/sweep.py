@@ -60,6 +60,7 @@ def walk(
     """
     pending: dict[Slot, Block] = dict(seeds)
     found: dict[Slot, Block] = {}
+    own: set[Slot] = set()  # pending rows in memory that nothing else refers to
     with torch.set_grad_enabled(create_graph):
         for step in graph.steps:
             slots = [(step.node, k) for k in range(len(step.outputs))]
@@ -69,12 +70,28 @@ def walk(
                     found[slot] = block
             if not any(step.edges) or not any(b is not None for b in blocks):
                 continue
+            if not create_graph and _added(step, blocks, pending, own):
+                continue
             gradients = _through(step, blocks, kernels, places)
             del blocks
             for k, edge in enumerate(step.edges):
                 if edge is not None and gradients[k] is not None:
                     _arrive(pending, edge, gradients[k])
     return found
+
+
+def _added(step: Step, blocks: Blocks, pending: dict[Slot, Block], own: set[Slot]) -> bool:
+    """Whether the node's rows were added in place to rows that this walk made for its only edge."""
+    rule = registry.find(step)
+    if rule is None or rule.into is None:
+        return False
+    (edge,) = step.edges
+    assert edge is not None
+    slot = (edge.node, edge.slot)
+    if slot in pending:
+        return slot in own and rule.into(step, blocks, pending[slot])
+    own.add(slot)  # the first gradient to arrive, which the rule makes anew
+    return False
 
 
 def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None:

@@ -35,7 +35,21 @@ def _select_samples(step: Step, at: SampleAxis) -> list[Place]:
     return [moved(at, at.dim + (dim <= at.dim))]
 
 
-@rule("SelectBackward0", samples=_select_samples)
+def _select_into(step: Step, blocks: Blocks, before: Block) -> bool:
+    """``g[v]`` added at ``k``: the parts of one tensor need one tensor of zeros, not one each."""
+    (g,) = blocks
+    assert g is not None
+    dim = step.saved("dim") % len(before.shape)
+    if before.data.shape[dim + 1] != before.shape[dim]:
+        return False
+    part = before.data.select(dim + 1, step.saved("index"))
+    fits = part.shape == g.data.shape and part.dtype == g.data.dtype
+    if fits:
+        part.add_(g.data)
+    return fits
+
+
+@rule("SelectBackward0", samples=_select_samples, into=_select_into)
 def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
     (g,) = blocks

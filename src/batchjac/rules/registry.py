@@ -14,6 +14,7 @@ Blocks = Sequence[Block | None]
 Reverse = Callable[[Step, Blocks], Any]
 Samples = Callable[[Step, SampleAxis], Sequence[Place]]
 PerSample = Callable[[Step, Blocks, SampleAxis], Blocks]
+Into = Callable[[Step, Blocks, Block], bool]
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,26 @@ class Rule:
 
     ``per_sample(step, blocks, at)`` returns for each ``SHARED`` edge the block of rows
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
+
+    ``into(step, blocks, before)`` adds the gradient of the only edge to the rows ``before`` in
+    place and says whether it could. What ``reverse`` returns must then be new memory.
     """
 
     name: str
     reverse: Reverse
     samples: Samples | None = None
     per_sample: PerSample | None = None
+    into: Into | None = None
 
 
 _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *names: str, samples: Samples | None = None, per_sample: PerSample | None = None
+    *names: str,
+    samples: Samples | None = None,
+    per_sample: PerSample | None = None,
+    into: Into | None = None,
 ) -> Callable[[Reverse], Reverse]:
     """Register a function as the reverse rule of these nodes."""
 
@@ -51,7 +59,7 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(name, reverse, samples, per_sample)
+            _RULES[name] = Rule(name, reverse, samples, per_sample, into)
         return reverse
 
     return register
