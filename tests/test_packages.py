@@ -28,6 +28,7 @@ ORDER = (
     "samples",
     "seeds",
     "sink",
+    "solution",
     "answer",
     "kernels",
     "rules",

@@ -83,10 +83,11 @@ def jacobian(
         >>> J.shape, torch.equal(J[0], model.weight)
         (torch.Size([5, 2, 3]), True)
     """
-    return value_and_jacobian(
-        f, inputs, of=of, wrt=wrt, outputs=outputs, mode=mode, coupling=coupling,
-        create_graph=create_graph, max_memory=max_memory, out=out, batched=batched,
-    )[1]  # fmt: skip
+    problem = pose(
+        f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
+        create_graph=create_graph, batched=batched,
+    )  # fmt: skip
+    return solve(problem, max_memory, out).jacobian
 
 
 def value_and_jacobian(
@@ -122,4 +123,5 @@ def value_and_jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
-    return solve(problem, max_memory, out)
+    solution = solve(problem, max_memory, out)
+    return solution.value(), solution.jacobian

@@ -184,12 +184,12 @@ def _can_record(parameter: Tensor) -> bool:
 @contextlib.contextmanager
 def _hooks(problem: Problem, seen: _Seen) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        if problem.of is not None:
-            module = layer(problem, problem.of)
-            handle = module.register_forward_hook(lambda m, i, out: seen.of.append(_copy(out)))
-            stack.callback(handle.remove)
         for name in seen.layers:
             handle = layer(problem, name).register_forward_hook(_record(seen.layers[name]))
+            stack.callback(handle.remove)
+        if problem.of is not None:  # after the recording, in case it is the same layer
+            module = layer(problem, problem.of)
+            handle = module.register_forward_hook(lambda m, i, out: seen.of.append(_copy(out)))
             stack.callback(handle.remove)
         yield
 

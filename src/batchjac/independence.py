@@ -2,9 +2,8 @@
 
 The proof follows the sample axis from the output through every rule's ``samples`` claim to each
 target. Where a claim is missing, random cotangents on half of the samples must leave the gradients
-of the others exactly zero. Two halves are tried both ways round on every run; the first time a
-function is seen, enough splits to separate every pair in a batch of up to 16 samples, and a single
-pair in a larger batch but for one chance in sixteen.
+of the others exactly zero. Halves are tried both ways round, enough of them to separate every pair
+in a batch of up to 16 samples, and a single pair in a larger batch but for one chance in sixteen.
 """
 
 import math
@@ -20,6 +19,7 @@ from batchjac.rules import registry
 from batchjac.samples import Place, SampleAxis
 
 PAIRS_UP_TO = 16
+SPLITS = 4  # of a larger batch
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
 Push = Callable[[Block], Mapping[Slot, Block]]
 
 
-def leaks(y: Tensor, targets: Sequence[Slot], push: Push, thorough: bool) -> bool:
+def leaks(y: Tensor, targets: Sequence[Slot], push: Push) -> bool:
     """Whether a cotangent on some samples reaches the gradient of others, as ``push`` sends it."""
     n = y.shape[0]
-    masks = _splits(n, thorough)
+    masks = _splits(n)
     generator = torch.Generator().manual_seed(n)  # its own: the user's random state stays
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
     for mask in masks:  # one row at a time: a probe must not need more memory than the walk
@@ -96,16 +96,15 @@ def _reaches(block: Block, others: Tensor) -> bool:
     return bool((data[others.to(data.device)].nan_to_num(0, 1, 1) != 0).any())
 
 
-def _splits(n: int, thorough: bool) -> Tensor:
+def _splits(n: int) -> Tensor:
     """Halves of the samples and their complements, as masks ``[K, N]``."""
-    if thorough and n <= PAIRS_UP_TO:
+    if n <= PAIRS_UP_TO:
         # the binary digits of the index: any two samples differ in one of them
         digits = torch.arange(max(1, math.ceil(math.log2(n)))).unsqueeze(1)
         halves = (torch.arange(n) >> digits) % 2 == 1
     else:
         generator = torch.Generator().manual_seed(n)
-        count = 4 if thorough else 1
-        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(count)])
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(SPLITS)])
         halves = order < n // 2
     return torch.cat([halves, ~halves])
 

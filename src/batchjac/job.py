@@ -95,8 +95,10 @@ class Job:
         """Where other samples would show: what has samples among the goals, else the inputs."""
         return [g.slot for g in self.goals if g.target.per_sample] or list(self.inputs)
 
-    def leaks(self, graph: Graph | None, thorough: bool = True) -> bool:
+    def leaks(self, graph: Graph | None) -> bool:
         """Whether samples reach each other along this graph; without one, by autograd's engine."""
+        if not self.witnesses:
+            return False
         edges = [GradientEdge(node, slot) for node, slot in self.witnesses]
 
         def push(block: Block) -> dict[Slot, Block]:
@@ -105,7 +107,7 @@ class Job:
             assert self.root is not None
             return walk(graph, {self.root: block}, self.kernels)
 
-        return leaks(self.y, self.witnesses, push, thorough)
+        return leaks(self.y, self.witnesses, push)
 
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""

@@ -66,3 +66,20 @@ def _spans(module: nn.Module, spans: list[tuple[str, int, int]]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def coupled(problem: Problem, captured: Capture, graph: Graph, suspects: tuple[int, ...]) -> str:
+    """The text of the error for coupled samples: which modules, and what to do."""
+    names = modules(problem, captured, graph, suspects)
+    places = ", ".join(names) or "an operation without a rule"
+    ways = ['"sum" (the derivative of the sum over samples)', '"full" ([N, *out, N, *in])']
+    remedy = ""
+    if problem.coupling == "frozen":
+        remedy = 'coupling="frozen" holds the statistics of batch normalisation constant, no more. '
+    elif any("BatchNorm" in graph.steps[k].name for k in suspects):
+        remedy = "Use model.eval() for batch normalisation, or say what you want: "
+        ways.insert(0, '"frozen" (batch statistics held constant)')
+    return (
+        f"outputs of one sample depend on other samples, by way of {places}: a per-sample Jacobian "
+        f"does not exist. {remedy or 'Say what you want: '}coupling={', '.join(ways)}"
+    )

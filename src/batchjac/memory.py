@@ -320,6 +320,3 @@ def _text(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size} bytes"
-
-
-text = _text

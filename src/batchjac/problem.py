@@ -136,6 +136,10 @@ def pose(
     tree = flatten(inputs)
     size = _batch_size(tree)
     wanted, named = _wanted(module, wrt)
+    if coupling == "sum" and any(w.kind == "parameter" for w in wanted):
+        raise InputError(
+            'coupling="sum" has no meaning for parameters, which all samples share; use "full"'
+        )
     if not batched and (of is not None or any(w.kind == "layer" for w in wanted)):
         raise UnsupportedError(
             "of= and wrt= with a layer's name need batched=True: under batched=False a layer runs "
@@ -248,7 +252,7 @@ def _wanted(
     if not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
         raise InputTypeError(
             "wrt must be None, 'inputs', 'parameters', a layer or parameter name, or a list of "
-            f"names, got {wrt!r}"
+            f"names, got {type(wrt).__name__}; a tensor is named as in model.named_parameters()"
         )
     if not wrt:
         raise InputError("wrt is an empty list; name at least one layer or parameter")
@@ -274,8 +278,8 @@ def _modules(module: nn.Module | None, argument: str) -> dict[str, nn.Module]:
 def _named(module: nn.Module | None, argument: str) -> nn.Module:
     if module is None:
         raise NameNotFoundError(
-            f"{argument}= names a layer or parameters, but f is a plain function; pass the "
-            "nn.Module itself"
+            f"{argument}= names a layer or parameters, but f is a plain function or other object; "
+            "pass the nn.Module itself"
         )
     return module
 

@@ -18,20 +18,20 @@ from batchjac.errors import (
     BatchjacError,
     BudgetError,
     CouplingError,
-    InputError,
     OutError,
     UnsupportedError,
     is_out_of_memory,
 )
-from batchjac.graph import Graph, Slot
-from batchjac.independence import Proof, prove
+from batchjac.graph import Slot
+from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs
-from batchjac.locate import modules
+from batchjac.locate import coupled
 from batchjac.memory import Chunk
 from batchjac.plan import Plan
 from batchjac.problem import Problem
 from batchjac.samples import SHARED
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
+from batchjac.solution import Solution
 from batchjac.state import untouched
 from batchjac.tree import Tree, flatten
 
@@ -42,24 +42,25 @@ _LOOK = 1 << 20  # entries of an input looked at together: what that copies is o
 
 def solve(
     problem: Problem, max_memory: int | str | None, out: Any, fixed: Chunk | None = None
-) -> tuple[Any, Any]:
-    """The value and the Jacobian of a posed problem; ``fixed`` chunks are for tests."""
+) -> Solution:
+    """The Jacobian of a posed problem, and its value; ``fixed`` chunks are for tests."""
     if out is not None and problem.create_graph:
         raise OutError("out= and create_graph=True exclude each other: a history needs new tensors")
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
     _count_nan(problem)
-    with untouched(problem.module):
+    with untouched(problem.module) as restore:
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
+        run = _Run(problem, allowed, max_memory is not None, out, fixed, restore)
         try:
-            return _Run(problem, allowed, max_memory is not None, out, fixed).answer()
+            return run.answer()
         except CouplingError:
             if problem.batched or not problem.vmapped:
                 raise
         # one sample at a time there is nothing to couple: vmap did it (torch.roll of a scalar)
         plain = replace(problem, vmapped=False)
-        return _Run(plain, allowed, max_memory is not None, out, fixed).answer()
+        return _Run(plain, allowed, max_memory is not None, out, fixed, restore).answer()
 
 
 def _count_nan(problem: Problem) -> None:
@@ -87,9 +88,10 @@ class _Run:
     told: bool  # the caller set the budget
     out: Any
     fixed: Chunk | None
+    restore: Callable[[], None]  # every forward finds the module as the first did
     sinks: dict[Part, Sink] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=Kernels)
-    values: list[Tree] = field(default_factory=list)
+    values: list[tuple[int, Tree]] = field(default_factory=list)  # samples, and what f gave
     skeleton: Capture | None = None
     chunk: Chunk = field(default_factory=lambda: Chunk(0, 0))
     most: Chunk = field(default_factory=lambda: Chunk(1 << 62, 1 << 62))  # since memory ran out
@@ -106,7 +108,7 @@ class _Run:
         """Samples stay together: their coupling is part of the answer."""
         return self.problem.coupling != "error"
 
-    def answer(self) -> tuple[Any, Any]:
+    def answer(self) -> Solution:
         """All chunks of samples, then the nested result."""
         start, n = 0, self.problem.samples
         self.chunk = self._first()
@@ -124,7 +126,8 @@ class _Run:
                 start = stop
         self._report()
         assert self.skeleton is not None
-        return self._value(), nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
+        j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
+        return Solution(self.values, j)
 
     def _shrink(self, samples: int, error: Exception) -> None:
         """Half the samples, else half the rows, after memory ran out."""
@@ -154,6 +157,7 @@ class _Run:
 
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
+        self.restore()
         with capture(self.problem, samples) as captured:
             return self._captured(samples, captured)
 
@@ -187,8 +191,36 @@ class _Run:
         for job in work:
             self._fill(job, captured, self.rows)
         kept = captured.values.map(_detached) if not self.problem.create_graph else None
-        self.values.append(flatten(kept) if kept is not None else captured.values)
+        tree = flatten(kept) if kept is not None else captured.values
+        self.values.append((captured.samples, tree))
+        if first and captured.samples < self.problem.samples and not self.whole:
+            self._compare_part(samples, captured)
         return True
+
+    def _compare_part(self, samples: slice, captured: Capture) -> None:
+        """Refuse a function whose value depends on which samples come together.
+
+        Coupling that no gradient shows (a branch on the whole batch, detached statistics, a layer
+        before the one that is asked for) would make the answer depend on the chunks.
+        """
+        part = slice(samples.start, samples.start + max(1, captured.samples // 2))
+        if captured.samples == 1:
+            part = slice(samples.start, samples.start + 2)
+        state = torch.get_rng_state()
+        self.restore()
+        with torch.random.fork_rng([]), capture(self.problem, part) as again:
+            if not torch.equal(state, torch.get_rng_state()):
+                return  # random numbers differ from chunk to chunk, as is documented
+            for index, y in captured.outputs.items():
+                n = min(len(y), len(again.outputs[index]))
+                whole, half = y[:n].detach(), again.outputs[index][:n].detach()
+                if whole.shape != half.shape or not verify.close(whole, half):
+                    raise CouplingError(
+                        f"output{captured.values.paths[index]} of a sample depends on which other "
+                        "samples are in the batch (a branch on the whole batch, or statistics of "
+                        "it), and the batch does not fit into max_memory at once: raise "
+                        "max_memory, use model.eval(), or make the function independent of them"
+                    )
 
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
@@ -205,10 +237,6 @@ class _Run:
             raise OutError(
                 f"out= takes one Jacobian, but this question has {len(goals)} (several outputs, "
                 "inputs, layers or parameters); ask for one of them, or leave out= away"
-            )
-        if self.problem.coupling == "sum" and any(not g.target.per_sample for _, g in goals):
-            raise InputError(
-                'coupling="sum" has no meaning for parameters, which all samples share; use "full"'
             )
         shapes = [_shape(self.problem, job, goal) for job, goal in goals]
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
@@ -264,8 +292,8 @@ class _Run:
             self.independence = "proved from the graph"
             return
         self.independence = "probed"
-        if job.leaks(None if self.by_engine else graph, not verify.trusted(job)):
-            raise CouplingError(_coupled(self.problem, captured, graph, proof))
+        if job.leaks(None if self.by_engine else graph):
+            raise CouplingError(coupled(self.problem, captured, graph, proof.suspects[:3]))
 
     def _distrust(self, job: Job, captured: Capture, reason: str) -> None:
         """From here on rows go one at a time through autograd, whose hooks then run."""
@@ -333,14 +361,6 @@ class _Run:
             kernels=self.kernels.ways,
         )  # fmt: skip
 
-    def _value(self) -> Any:
-        """The function's own value, its chunks joined."""
-        last = self.values[-1]
-        if len(self.values) == 1:
-            return last.build(last.leaves)
-        columns = zip(*(tree.leaves for tree in self.values), strict=True)
-        return last.build([_joined(column) for column in columns])
-
 
 def _rows(work: Sequence[Job]) -> int:
     return max((job.seeds.rows for job in work), default=1)
@@ -361,12 +381,6 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _joined(column: Sequence[Any]) -> Any:
-    if isinstance(column[0], Tensor) and column[0].dim() > 0:
-        return torch.cat(list(column))
-    return column[-1]
-
-
 def _without_graph(captured: Capture) -> Capture:
     """What nesting the answer needs of a capture, without the memory of the forward."""
     targets = {
@@ -384,15 +398,3 @@ def _shape(problem: Problem, job: Job, goal: Goal) -> tuple[int, ...]:
     if goal.target.per_sample and problem.coupling != "full":
         inner = inner[1:]
     return (problem.samples, *job.seeds.shape, *inner)
-
-
-def _coupled(problem: Problem, captured: Capture, graph: Graph, proof: Proof) -> str:
-    """The error's text: which modules, and what to do."""
-    suspects = modules(problem, captured, graph, proof.suspects[:3])
-    places = ", ".join(suspects) or "an operation without a rule"
-    return (
-        f"outputs of one sample depend on other samples, by way of {places}: a per-sample Jacobian "
-        "does not exist. Use model.eval() for batch normalisation, or say what you want: "
-        'coupling="frozen" (batch statistics held constant), "sum" (the derivative of the sum over '
-        'samples), or "full" ([N, *out, N, *in])'
-    )

@@ -5,8 +5,9 @@ import copy
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,16 @@ from torch import Tensor, nn
 
 from batchjac.errors import StateError
 
+_ONE_AT_A_TIME = threading.RLock()  # the same thread may ask again, inside a function
+
 
 @contextlib.contextmanager
-def untouched(module: nn.Module | None) -> Iterator[None]:
+def untouched(module: nn.Module | None) -> Iterator[Callable[[], None]]:
     """Run a block; then restore random state, buffers, attributes, ``.grad`` and flags.
+
+    Yields what restores all but the random state, so that each of several forwards in the block
+    finds the module as the first did. Blocks run one after another, whatever thread they are in:
+    they share the flags of a model and what is patched into torch.
 
     Attributes are restored to the same objects, and lists, dicts and sets among them to the same
     contents. Without a module (a plain function) every module that the function calls is noted
@@ -26,7 +33,7 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
     of all parameters for the case that somebody does would cost as much memory as the model.
     """
     before = _Before()
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         stack.enter_context(_random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.callback(before.restore)
@@ -34,7 +41,7 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
             before.note(module)
         else:
             stack.enter_context(_noted(before))
-        yield
+        yield before.restore
     before.check()
 
 

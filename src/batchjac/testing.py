@@ -29,4 +29,4 @@ def jacobian_in_chunks(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
-    return solve(problem, None, out, Chunk(samples, rows))[1]
+    return solve(problem, None, out, Chunk(samples, rows)).jacobian

@@ -28,8 +28,8 @@ _VMAP = -1  # beside the signatures of graphs: vmap was compared
 _trusted: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
 
 
-def _owner(job: Job) -> Any:
-    return job.problem.module or job.problem.function
+def _owner(problem: Problem) -> Any:
+    return problem.function if problem.module is None else problem.module
 
 
 def signature(job: Job) -> int:
@@ -44,9 +44,9 @@ def vmap_agrees(problem: Problem) -> bool:
     Some of torch's batching rules are wrong. A few samples, their values and one cotangent that
     differs between them tell, the first time a function is seen.
     """
-    owner = problem.module or problem.function
+    owner, key = _owner(problem), hash((_VMAP, getattr(problem.function, "__name__", None)))
     with contextlib.suppress(TypeError):
-        if _VMAP in _trusted.get(owner, set()):
+        if key in _trusted.get(owner, set()):
             return True
     found = []
     with torch.random.fork_rng([]):
@@ -66,7 +66,7 @@ def vmap_agrees(problem: Problem) -> bool:
     )
     if same:
         with contextlib.suppress(TypeError):
-            _trusted.setdefault(owner, set()).add(_VMAP)
+            _trusted.setdefault(owner, set()).add(key)
     return same
 
 
@@ -87,7 +87,7 @@ def _looked_at(captured: Capture) -> list[Tensor]:
 def trusted(job: Job) -> bool:
     """Whether this function's graph has been compared before."""
     try:
-        return signature(job) in _trusted.get(_owner(job), set())
+        return signature(job) in _trusted.get(_owner(job.problem), set())
     except TypeError:  # the function cannot be referred to weakly
         return False
 
@@ -95,7 +95,7 @@ def trusted(job: Job) -> bool:
 def trust(job: Job) -> None:
     """Remember that this function's graph was compared, or found to need the engine."""
     with contextlib.suppress(TypeError):
-        _trusted.setdefault(_owner(job), set()).add(signature(job))
+        _trusted.setdefault(_owner(job.problem), set()).add(signature(job))
 
 
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
@@ -180,6 +180,13 @@ def _contracted(job: Job, goal: Goal, sink: Sink, weights: Tensor) -> Tensor:
 def _tolerance(job: Job) -> float:
     dtypes = {m.dtype for step in job.graph.steps for m in step.outputs}
     return max(_ROOT_EPS.get(d, 1e-3) for d in dtypes)
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two values of one function differ by rounding alone."""
+    if _differ_in_kind(ours, theirs):
+        return False
+    return _off(ours, theirs) <= _ROOT_EPS.get(ours.dtype, 1e-3) * _size(theirs)
 
 
 def _off(ours: Tensor, theirs: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchjac.answer import Part, nest, parts
 from batchjac.capture import Capture, Target, capture
-from batchjac.errors import CouplingError, InputError
+from batchjac.errors import CouplingError
 from batchjac.problem import Problem, pose
 from batchjac.seeds import Seeds, seeds
 from batchjac.state import untouched
@@ -58,8 +58,6 @@ def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -
     y = captured.outputs[part[0]]
     rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
     n = captured.samples
-    if not target.per_sample and problem.coupling == "sum":
-        raise InputError('coupling="sum" has no meaning for parameters, which all samples share')
     if not rows.width:
         inner = target.shape[1:] if target.per_sample and not rows.across else target.shape
         return torch.zeros(n, *rows.shape, *inner, dtype=target.dtype)

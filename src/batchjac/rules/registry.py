@@ -8,7 +8,7 @@ from torch.autograd.function import BackwardCFunction
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.samples import SHARED, Place, SampleAxis, broadcast
+from batchjac.samples import Place, SampleAxis, broadcast
 
 Blocks = Sequence[Block | None]
 Reverse = Callable[[Step, Blocks], Any]
@@ -81,14 +81,3 @@ def elementwise(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a node whose every edge is broadcast to its output, entry by entry."""
     shape = step.outputs[0].shape
     return [None if e is None else broadcast(at, shape, e.shape) for e in step.edges]
-
-
-def unchanged(step: Step, at: SampleAxis) -> list[Place]:
-    """Sample places of a node whose edges have the axes of its output."""
-    return [None if e is None else at for e in step.edges]
-
-
-def whole_first(step: Step, at: SampleAxis) -> list[Place]:
-    """Sample places of a layer: first edge batched along axis 0, the others its parameters."""
-    first: Place = at if at.dim == 0 else None
-    return [None if e is None else first if k == 0 else SHARED for k, e in enumerate(step.edges)]
