@@ -184,7 +184,8 @@ def test_out_of_memory_halves_the_samples(failure: str, caplog: pytest.LogCaptur
     torch.testing.assert_close(j, scale[:, None] * expected)
     model.most = 16
     torch.testing.assert_close(y, model(x).detach())
-    assert Limited.came[:-1] == [16, 8, 4, 4, 4, 4]
+    # two are tried alone, to see that a sample's value does not depend on how many there are
+    assert [n for n in Limited.came[:-1] if n != 2] == [16, 8, 4, 4, 4, 4]
     said = [r.getMessage() for r in caplog.records]
     assert said[0] == "out of memory with 16 samples at a time; trying half"
 
