@@ -115,22 +115,32 @@ BATCH_STATISTICS = (
 )  # fmt: skip
 
 
-def frozen(graph: Graph, proof: Proof, mixes: Callable[[Graph], bool]) -> Graph:
+def frozen(graph: Graph, y: Tensor, mixes: Callable[[Graph], bool]) -> Graph:
     """The graph with batch statistics held constant where they are taken over samples.
 
-    Where the proof has lost the samples, a normalisation is tried: it takes its statistics over
-    samples if the graph ``mixes`` them when all other doubtful ones are constant.
+    What is constant keeps samples apart, so that the proof then reaches the next normalisation.
+    Where it has lost the samples, a normalisation is tried: it takes its statistics over samples
+    if the graph ``mixes`` them when all other doubtful ones are constant.
     """
-    training = [
-        k
+    while over := {k for k, at in _training(graph, y).items() if _over_samples(at)}:
+        graph = _constant(graph, over)
+    doubtful = {k for k, at in _training(graph, y).items() if at is None}
+    found = {k for k in doubtful if mixes(_constant(graph, doubtful - {k}))}
+    return _constant(graph, found)
+
+
+def _over_samples(at: Place) -> bool:
+    return isinstance(at, SampleAxis) and at.dim != 1
+
+
+def _training(graph: Graph, y: Tensor) -> dict[int, Place]:
+    """The normalisations by statistics of this batch, and where the samples are in each."""
+    places = prove(graph, y).places
+    return {
+        k: places.get((step.node, 0))
         for k, step in enumerate(graph.steps)
         if step.name in BATCH_STATISTICS and step.has("training") and step.saved("training")
-    ]
-    places = {k: proof.places.get((graph.steps[k].node, 0)) for k in training}
-    over = {k for k, at in places.items() if isinstance(at, SampleAxis) and at.dim != 1}
-    doubtful = {k for k, at in places.items() if at is None}
-    found = {k for k in doubtful if mixes(_constant(graph, over | (doubtful - {k})))}
-    return _constant(graph, over | found)
+    }
 
 
 def _constant(graph: Graph, which: Collection[int]) -> Graph:

@@ -87,7 +87,12 @@ class Job:
         """The graph from ``y`` to these slots."""
         graph = prune([self.root[0]] if self.root else [], slots)
         if self.problem.coupling == "frozen" and graph.steps:
-            return frozen(graph, prove(graph, self.y), self.leaks)
+            # decided where the samples show, which parameters alone may not
+            roots = [step.node for step in graph.steps[:1]]
+            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.leaks)
+            names = {step.node: step.name for step in whole.steps}
+            steps = tuple(replace(step, name=names[step.node]) for step in graph.steps)
+            return replace(graph, steps=steps)
         return graph
 
     @property
