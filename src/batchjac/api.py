@@ -32,8 +32,8 @@ def jacobian(
         of: The dotted name of an inner layer, whose output is then differentiated instead of
             the function's own.
         wrt: With respect to what: ``"inputs"`` (default); the dotted name of a layer (its
-            output) or of a parameter; ``"parameters"`` (all); or a list of these, all from one
-            walk, which gives a dict by name.
+            output) or of a parameter; ``"parameters"`` (all, frozen ones too); or a list of
+            these, all from one walk, which gives a dict by name.
         outputs: Which outputs, along axis 1 of ``[N, classes, ...]``: an int (the axis goes), a
             list or slice (the axis stays), a ``LongTensor[N]`` or ``"argmax"`` (one per sample).
         mode: ``"auto"`` or ``"reverse"``.
@@ -44,8 +44,10 @@ def jacobian(
         create_graph: Make the answer differentiable by inputs and parameters.
         max_memory: Bytes, or text such as ``"2GiB"``, that the call may take on top of what is
             there, the result included; default: half of what is free. Samples, then rows, are
-            taken in chunks that keep it. Random layers draw anew for each chunk of samples.
-        out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to.
+            taken in chunks that keep it. Random layers draw anew for each chunk of samples; a
+            value that depends on which samples come together is refused if they do not all fit.
+        out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to; not
+            with ``create_graph``.
         batched: ``False`` when ``f`` takes one sample, without the batch axis.
 
     Returns:
@@ -61,6 +63,8 @@ def jacobian(
         SelectionError: ``outputs`` is out of range.
         NameNotFoundError: ``of`` or ``wrt`` names nothing in the module.
         OutError: ``out`` cannot take the result.
+        UnsupportedError: ``mode="forward"`` or ``"mixed"``, which come later; a layer's name with
+            ``batched=False``; ``coupling="frozen"`` with hooks on gradients.
         CouplingError: Samples depend on each other; names the module and the remedy.
         BudgetError: ``max_memory`` does not hold one row of one sample; says what would.
         StateError: The function writes into its parameters, or a named layer runs never or twice.
@@ -70,6 +74,8 @@ def jacobian(
         ``V = prod(out)`` of them: at most the work of ``V`` backward passes without weight
         gradients. The first time a function's graph is seen, one backward more, to compare.
         Peak bytes: result + samples x (saved activations + rows x widest two blocks).
+
+    Threads: calls run one after another, because they share the flags of a model.
 
     Source:
         Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, section 3.2: vector reverse
@@ -106,12 +112,16 @@ def value_and_jacobian(
 ) -> tuple[Any, Any]:
     """The function's value and the derivative of every output by its sample's own input.
 
-    Arguments, errors, cost and source are those of ``jacobian``; the value comes from the same
+    Arguments, other errors, cost and source are those of ``jacobian``; the value comes from the same
     forward.
 
     Returns:
         ``(y, J)``: ``y`` is what ``f(inputs)`` (or the layer named by ``of``) returns, detached
-        unless ``create_graph``; ``J`` is what ``jacobian`` returns.
+        unless ``create_graph``; ``J`` is what ``jacobian`` returns. Where the samples came in
+        several chunks, so does ``y``, joined along the batch axis.
+
+    Raises:
+        BatchAxisError: Also when a part of ``y`` has no batch axis and differs between chunks.
 
     Example:
         >>> import torch, batchjac
