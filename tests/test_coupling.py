@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference
 from batchjac.errors import CouplingError, InputError
-from batchjac.testing import jacobian_in_chunks
+from tests.coupled import (
+    COUPLED,
+    NORMS,
+    OTHERS,
+    norm_1d,
+    norm_2d,
+)
 
 pytestmark = pytest.mark.usefixtures("_double")
 Function = Callable[..., Any]
@@ -41,90 +46,6 @@ def full_truth(f: Function, x: Tensor) -> Tensor:
 def sum_truth(f: Function, x: Tensor) -> Tensor:
     total = full_truth(f, x).sum(0)
     return total.movedim(total.dim() - x.dim(), 0)
-
-
-# Models whose samples are coupled.
-
-
-class BatchAttention(nn.Module):
-    """Every sample looks at all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.unsqueeze(1)  # the batch in the place of time
-        y: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].squeeze(1))
-        return y
-
-
-class Contrast(nn.Module):
-    """Similarities to all samples of the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = F.normalize(self.encoder(x))
-        return torch.log_softmax(z @ z.T / 0.5, 1)
-
-
-def norm_1d(**options: Any) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, **options), nn.Tanh(), nn.Linear(6, 2))
-
-
-def norm_2d(**options: Any) -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3, **options),
-        nn.GELU(), nn.Flatten(), nn.Linear(27, 2),
-    )  # fmt: skip
-
-
-def two_norms() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3),
-                         nn.BatchNorm1d(3))  # fmt: skip
-
-
-class Sequence(nn.Module):
-    """Statistics over samples and time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(x.view(-1, 2, 2)).square()
-        return y
-
-
-NORMS: dict[str, Callable[[], nn.Module]] = {
-    "1d": norm_1d,
-    "1d without weights": lambda: norm_1d(affine=False),
-    "1d without running statistics": lambda: norm_1d(track_running_stats=False).eval(),
-    "1d with a cumulative average": lambda: norm_1d(momentum=None),
-    "2d": norm_2d,
-    "2d without weights": lambda: norm_2d(affine=False),
-    "two": two_norms,
-    "over time": Sequence,
-}
-OTHERS: dict[str, Callable[[], Function]] = {
-    "mean subtraction": lambda: lambda x: x - x.mean(0),
-    "functional": lambda: lambda x: F.batch_norm(x, None, None, training=True),
-    "contrast": Contrast,
-    "attention over the batch": BatchAttention,
-    "softmax over the batch": lambda: lambda x: x.softmax(0),
-    "running sum": lambda: lambda x: x.square().cumsum(0),
-    "shifted": lambda: lambda x: x * x.roll(1, 0),
-    "reversed": lambda: lambda x: x.flip(0).sin(),
-    "sorted": lambda: lambda x: x.sort(0).values,
-    "largest": lambda: lambda x: x - x.amax(0),
-    "distances": lambda: lambda x: torch.cdist(x, x.detach() + x[:1]),
-    "without rules": lambda: lambda x: torch.special.i0e(x - torch.special.i0e(x).median(0).values),
-}
-COUPLED: dict[str, Callable[[], Function]] = NORMS | OTHERS
 
 
 def batch() -> Tensor:
@@ -349,128 +270,3 @@ def test_one_sample_has_none_to_depend_on(coupling: str) -> None:
     else:
         expected = whole if coupling == "full" else whole.squeeze(2)
     close(jacobian(model, x, coupling=coupling), expected)
-
-
-# Finding it.
-
-
-def pair(i: int, j: int) -> Function:
-    """Sample ``i`` alone looks at sample ``j``, past any rule."""
-
-    def f(x: Tensor) -> Tensor:
-        y = x.sin()
-        return torch.index_add(y, 0, torch.tensor([i]), x[j : j + 1])
-
-    return f
-
-
-@pytest.mark.parametrize("n", [2, 3, 6, 16])
-def test_every_single_pair_is_found(n: int) -> None:
-    x = torch.randn(n, 2)
-    for i in range(n):
-        for j in range(n):
-            if i == j:
-                continue
-            with pytest.raises(CouplingError):
-                jacobian(pair(i, j), x)
-
-
-def test_most_single_pairs_of_a_large_batch_are_found() -> None:
-    """Sixteen halves, each of which separates a pair with one chance in two."""
-    found, pairs = 0, [(i, (7 * i + 3) % 60) for i in range(60)]
-    for i, j in pairs:
-        try:
-            jacobian(pair(i, j), torch.randn(60, 2))
-        except CouplingError:
-            found += 1
-    assert found >= 50
-
-
-class OnlyWhenPositive(nn.Module):
-    """Couples samples or not, as the data want it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(0) if float(x.detach()[0, 0]) > 0 else x * 2
-
-
-def test_what_is_looked_at_is_this_run() -> None:
-    model, x = OnlyWhenPositive(), batch()
-    for first in (-1.0, 1.0, -1.0, 1.0):  # the second time is as strict as the first
-        x[0, 0] = first
-        if first > 0:
-            with pytest.raises(CouplingError):
-                jacobian(model, x)
-        else:
-            close(jacobian(model, x), 2 * torch.eye(4).expand(N, 4, 4))
-
-
-@pytest.mark.parametrize("samples", [1, 2, 3])
-def test_small_chunks_are_looked_at_too(samples: int) -> None:
-    alone = [] if samples == 1 else [norm_1d()]  # torch itself refuses one sample
-    for f in (*alone, OTHERS["mean subtraction"](), OTHERS["without rules"]()):
-        with pytest.raises(CouplingError):
-            jacobian_in_chunks(f, batch(), samples, 1)
-
-
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda x: x * x.mean(0).detach(),
-        lambda x: x.sin() + 0 * x.mean(0),
-        lambda x: torch.stack([x[n].sin() for n in range(len(x))]),
-        lambda x: torch.cat([x[2:], x[:2]]).cos().roll(2, 0),
-        lambda x: x[torch.randperm(len(x)).argsort()][:0].sum() + x.tanh(),
-        lambda x: torch.special.i0e(x).flip(0).flip(0),
-        lambda x: torch.einsum("ni,nj->nij", x, x),
-    ],
-    ids=["detached", "times zero", "one by one", "there and back", "an empty part", "flipped twice",
-         "outer product"],
-)  # fmt: skip
-def test_what_only_looks_coupled_passes(f: Function) -> None:
-    x = batch()
-    whole = full_truth(f, x)
-    close(jacobian(f, x), whole[torch.arange(N), ..., torch.arange(N), :])
-
-
-# What is said.
-
-
-class Nested(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(4, 4), norm_1d()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-FOR_ALL = ('"sum"', '"full"')
-FOR_NORMS = ('coupling="frozen"', "model.eval()")
-NAMES = {
-    "nested norm": (Nested, r"blocks\.1\.1 \(BatchNorm1d\)"),
-    "2d": (norm_2d, r"2 \(BatchNorm2d\)"),
-    "both": (two_norms, r"(1|4) \(BatchNorm1d\)"),
-    "attention": (BatchAttention, r"attention \(MultiheadAttention\)|BatchAttention"),
-    "contrast": (Contrast, r"by way of Contrast"),
-    "a function": (OTHERS["mean subtraction"], r"by way of \w+Backward0"),
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_error_names_the_module_and_the_remedy(name: str) -> None:
-    make, says = NAMES[name]
-    model = make()
-    with pytest.raises(CouplingError, match=says) as caught:
-        jacobian(model, batch())
-    said, normalises = str(caught.value), "BatchNorm" in says
-    assert all(remedy in said for remedy in FOR_ALL)
-    assert [remedy in said for remedy in FOR_NORMS] == [normalises] * len(FOR_NORMS)
-
-
-def test_the_remedies_work() -> None:
-    model, x = Nested(), batch()
-    for coupling, shape in (("frozen", (N, 2, 4)), ("sum", (N, 2, 4)), ("full", (N, 2, N, 4))):
-        assert jacobian(model, x, coupling=coupling).shape == shape
-    assert jacobian(model.eval(), x).shape == (N, 2, 4)
