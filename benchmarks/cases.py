@@ -1,5 +1,6 @@
 """The nine cases of the first measurements: a model, a batch, and nothing else."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> Callable
 
     def build() -> nn.Module:
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
         return nn.Sequential(*layers[:-1])
 

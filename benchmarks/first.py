@@ -1,4 +1,4 @@
-"""The walk beside the five ways of the seeds, interleaved in one run: ``python -m benchmarks.first``.
+"""The walk beside the five ways of the seeds, taken in turns: ``python -m benchmarks.first``.
 
 Ways: the row loop of seed 2 (one ``autograd.grad`` per output, tuned: the best of several chunks
 of samples, into a result made beforehand), ``functional.jacobian(vectorize=True)`` with the
@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,10 @@ def seconds(way: Way, model: nn.Module, x: Tensor) -> float:
 
 def tuned(model: nn.Module, x: Tensor) -> tuple[Way, int]:
     """The row loop at its best chunk of samples."""
-    times = {}
-    for chunk in CHUNKS:
-        if chunk < 2 * len(x):
-            way = row_loop(chunk)
-            way(model, x[:chunk])
-            times[chunk] = min(seconds(way, model, x) for _ in range(2))
+    times = {chunk: float("inf") for chunk in CHUNKS if chunk < 2 * len(x)}
+    for _ in range(4):  # in turns; the first is for warming up
+        for chunk in times:
+            times[chunk] = min(times[chunk], seconds(row_loop(chunk), model, x))
     best = min(times, key=lambda c: times[c])
     return row_loop(best), best
 
@@ -123,6 +122,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     model, x = case.make()
     loop, chunk = tuned(model, x)
     ways = {n: w for n, w in {**WAYS, ROW_LOOP: loop}.items() if _applies(n, model, x)}
+    walk(model, x)  # what is measured or compared once is not part of a call
     truth = walk(model, x[:LOOP_SAMPLES])
     errors = {}
     for name, way in ways.items():
@@ -166,6 +166,7 @@ def row(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print and write."""
+    warnings.simplefilter("ignore")  # vmap says where it loops inside
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="part of a case's name")

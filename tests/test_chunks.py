@@ -1,4 +1,4 @@
-"""What several forwards of one call must not change: values, state, and what depends on the batch."""
+"""What several forwards of one call must not change: values, state, answers."""
 
 import threading
 

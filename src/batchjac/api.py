@@ -112,8 +112,8 @@ def value_and_jacobian(
 ) -> tuple[Any, Any]:
     """The function's value and the derivative of every output by its sample's own input.
 
-    Arguments, other errors, cost and source are those of ``jacobian``; the value comes from the same
-    forward.
+    Arguments, other errors, cost and source are those of ``jacobian``; the value comes from the
+    same forward.
 
     Returns:
         ``(y, J)``: ``y`` is what ``f(inputs)`` (or the layer named by ``of``) returns, detached
