@@ -1,13 +1,12 @@
 """The user's model and random numbers, put back as they were, also after an error."""
 
 import contextlib
-import copy
 import operator
 import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,9 +183,9 @@ class _Before:
 
     def _contents(self, held: Any) -> None:
         """Copy the containers among these values, and those inside them."""
-        for value in list(held.values() if isinstance(held, Mapping) else held):
+        for value in list(held.values() if isinstance(held, dict) else held):
             if type(value) in _CONTAINERS and id(value) not in self.contents:
-                self.contents[id(value)] = (value, copy.copy(value))
+                self.contents[id(value)] = (value, value.copy())
                 self._contents(value)
 
     def restore(self) -> None:
@@ -262,6 +261,8 @@ def _restore(module: nn.Module, before: dict[str, Any]) -> None:
 
 def _refill(container: Any, before: Any) -> None:
     """Give a container its old entries, in place, so that handles that point to it stay valid."""
+    if not container and not before:  # the tables of hooks, most of what a module holds
+        return
     keyed = isinstance(container, dict)
     now, then = ([*c.items()] if keyed else [*c] for c in (container, before))
     if keyed:

@@ -42,6 +42,8 @@ class Kernels:
 
     def took(self, name: str, way: str) -> None:
         """Note a node's way."""
+        if self.ways.get(name) == way:
+            return
         order = ("rule", "vmap", "rows")
         self.ways[name] = max(self.ways.get(name, "rule"), way, key=order.index)
 
