@@ -120,6 +120,10 @@ CALLS = {
     "many outputs": Call(lambda: mlp(64, 512, 512, 200), lambda: torch.randn(200, 64)),
     "decoder": Call(lambda: mlp(16, 256, 512, 1024), lambda: torch.randn(32, 16)),
     "transformer": Call(lambda: Encoder(32, 64), lambda: torch.randn(50, 12, 32)),
+    "a deep forward": Call(
+        lambda: nn.Sequential(Encoder(32, 128, 8), nn.Flatten(), nn.Linear(1024, 1)),
+        lambda: torch.randn(150, 32, 32),
+    ),
     "tokens": Call(Tokens, lambda: torch.randint(0, 100, (150, 32)), {"wrt": "embedding"}),
     "parameters": Call(small_conv, images(80, 1, 28), {"wrt": "parameters"}),
     "parameters and samples coupled": Call(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference
+from batchjac.testing import jacobian_in_chunks
 
 # compiling and forward mode load scripts of torch's own that warn about their age
 pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
@@ -210,10 +211,13 @@ def test_selected_outputs(name: str, inner: tuple[int, ...], wrt: str | None) ->
     close(jacobian(model, x, outputs=selection, wrt=wrt), pick(whole))
 
 
-def test_argmax() -> None:
+@pytest.mark.parametrize("samples", [1, 2, N])
+def test_one_output_for_each_sample_in_chunks(samples: int) -> None:
     model, x = mlp(), batch()
-    top = model(x).argmax(1)
-    close(jacobian(model, x, outputs="argmax"), jacobian(model, x)[range(N), top])
+    whole, top = jacobian(model, x), model(x).argmax(1)
+    close(jacobian_in_chunks(model, x, samples, 1, outputs="argmax"), whole[range(N), top])
+    each = torch.tensor([3, 1, 0, 2, 1])
+    close(jacobian_in_chunks(model, x, samples, 1, outputs=each), whole[range(N), each])
 
 
 def test_a_selection_of_each_output() -> None:

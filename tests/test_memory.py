@@ -73,6 +73,18 @@ def test_the_mapped_result_is_larger_than_its_budget() -> None:
     assert np.prod(shape) * 4 > max(BUDGETS["mapped"]) * MIB
 
 
+def test_a_history_that_does_not_fit_is_refused_before_it_is_made() -> None:
+    call = CALLS["with a history"]
+    model, x = call.function(), call.inputs()
+    with pytest.raises(BudgetError, match=r"with create_graph=True all .* stays") as caught:
+        jacobian(model, x, max_memory="4MiB", **call.options)
+    least = int(re.findall(r"max_memory=(\d+)", str(caught.value))[0])
+    with pytest.raises(BudgetError, match=f"max_memory={least}"):
+        jacobian(model, x, max_memory=least - 1, **call.options)
+    (peak,) = measured("with a history", -(-least // MIB))
+    assert least / 8 < peak["peak"] <= least
+
+
 # The arithmetic of chunks.
 
 needs = st.builds(Need, saved=st.integers(0, 10**9), live=st.integers(1, 10**9))
