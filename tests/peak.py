@@ -65,6 +65,13 @@ class NoRules(nn.Module):
         return y
 
 
+class Part(nn.Linear):
+    """Two of many outputs, as a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :2]
+
+
 def mlp(*widths: int, norm: bool = False) -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
@@ -132,6 +139,9 @@ CALLS = {
     ),
     "with a history": Call(
         lambda: mlp(64, 128, 128, 20), lambda: torch.randn(400, 64), {"create_graph": True}
+    ),
+    "a small part of a large value": Call(
+        lambda: Part(16, 20_000), lambda: torch.randn(1500, 16)
     ),
     "without rules": Call(NoRules, lambda: torch.randn(300, 256)),
     "mapped": Call(lenet, images(2000, 1, 32), mapped=(2000, 10, 1, 32, 32)),

@@ -3,7 +3,8 @@
     peak = result + samples * (saved + rows * live)
 
 ``saved`` is what the forward keeps for one sample, ``live`` the largest sum of blocks that exist
-at one moment of the walk, for one sample and one row.
+at one moment of the walk, for one sample and one row. Not counted are the few MiB that libraries
+keep for themselves in a process, such as the kernels oneDNN has compiled.
 """
 
 import ctypes

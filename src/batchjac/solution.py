@@ -35,6 +35,14 @@ class Solution:
         return trees[0].build(joined)
 
 
+def detached(leaf: Any) -> Any:
+    """The value without its history; a small part of a large tensor would keep all of it."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    part = leaf.layout == torch.strided and leaf.untyped_storage().nbytes() > 2 * leaf.nbytes
+    return leaf.detach().clone() if part else leaf.detach()
+
+
 def _joined(column: Sequence[Any], sizes: Sequence[int], path: str) -> Any:
     """One leaf of all chunks: joined where it has the samples, else the same in every chunk."""
     if not isinstance(column[0], Tensor):

@@ -31,7 +31,7 @@ from batchjac.plan import Plan
 from batchjac.problem import Problem
 from batchjac.samples import SHARED
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
-from batchjac.solution import Solution
+from batchjac.solution import Solution, detached
 from batchjac.state import untouched
 from batchjac.tree import Tree, flatten
 
@@ -190,7 +190,7 @@ class _Run:
         self.rows = min(here.rows, self.most.rows)
         for job in work:
             self._fill(job, captured, self.rows)
-        kept = captured.values.map(_detached) if not self.problem.create_graph else None
+        kept = captured.values.map(detached) if not self.problem.create_graph else None
         tree = flatten(kept) if kept is not None else captured.values
         self.values.append((captured.samples, tree))
         if first and captured.samples < self.problem.samples and not self.whole:
@@ -375,10 +375,6 @@ def _shared(work: Sequence[Job]) -> set[Slot]:
         for slot, place in job.proof.places.items()
         if place is SHARED
     }
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _without_graph(captured: Capture) -> Capture:
