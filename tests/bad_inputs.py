@@ -148,6 +148,8 @@ WRONG_TYPES = [
         inputs=lambda: np.zeros((N, 3))),
     bad("inputs a list of numbers", InputTypeError, "at least one torch tensor, got float",
         inputs=lambda: [1.0, 2.0]),
+    bad("inputs by number", InputTypeError, r"so keys must be names, got \[0\]",
+        inputs=lambda: {0: batch()}),
     bad("inputs empty", InputTypeError, "at least one torch tensor, got nothing",
         inputs=lambda: ()),
     bad("wrt a number", InputTypeError, "wrt must be None, 'inputs'.* got int", wrt=3),

@@ -238,6 +238,11 @@ def least_of(model: nn.Module, x: Tensor, allowed: int, options: dict[str, Any])
     return int(re.findall(r"max_memory=(\d+)", str(caught.value))[0])
 
 
+@pytest.mark.parametrize("number", [10**6, 1e6, np.int64(10**6), np.float32(1e6)])
+def test_budgets_as_numbers(number: Any) -> None:
+    assert jacobian(linear(), batch(), max_memory=number).shape == (N, 2, 3)
+
+
 @pytest.mark.parametrize("text", ["1 MB", "1MB", "0.5GiB", "300 KiB", "1m", "  2 mib ", "900000"])
 def test_budgets_as_text(text: str) -> None:
     assert jacobian(linear(), batch(), max_memory=text).shape == (N, 2, 3)

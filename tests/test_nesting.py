@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -157,6 +157,28 @@ def test_several_outputs(wrap: Callable[[Tensor, Tensor], Any]) -> None:
     one, two = (j.y, j.extra) if isinstance(j, Result) else j.values() if isinstance(j, dict) else j
     close(one, diagonal(x.cos()))
     close(two, x.prod(1, keepdim=True) / x)
+
+
+@dataclass
+class Unset:
+    y: Tensor
+    later: Tensor = field(init=False)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind", "get"),
+    [
+        (Unset, Unset, lambda v: v.y),
+        (lambda y: UserDict(y=y), UserDict, lambda v: v["y"]),
+        (lambda y: MappingProxyType({"y": y}), dict, lambda v: v["y"]),
+    ],
+)
+def test_unusual_containers(wrap: Any, kind: type, get: Any) -> None:
+    x = batch()
+    y, j = value_and_jacobian(lambda x: wrap(x.sin()), x)
+    assert type(y) is type(j) is kind
+    close(get(y), x.sin())
+    close(get(j), diagonal(x.cos()))
 
 
 def test_outputs_of_torch_return_types() -> None:

@@ -10,6 +10,7 @@ keep for themselves in a process, such as the kernels oneDNN has compiled.
 import ctypes
 import functools
 import math
+import numbers
 import os
 import re
 import sys
@@ -75,7 +76,7 @@ def budget(max_memory: float | str | None, device: torch.device) -> int:
         return int(SHARE * free(device))
     if isinstance(max_memory, str):
         return _parse(max_memory)
-    if isinstance(max_memory, bool) or not isinstance(max_memory, int | float):
+    if isinstance(max_memory, bool) or not isinstance(max_memory, numbers.Real):
         raise InputTypeError(
             f'max_memory must be bytes or text such as "512MiB", got {type(max_memory).__name__}'
         )

@@ -133,6 +133,10 @@ def pose(
     module = module_of(function)
     if module is not None:
         refuse_lazy(module)
+    if isinstance(inputs, Mapping) and not all(isinstance(key, str) for key in inputs):
+        raise InputTypeError(
+            f"inputs as a dict are called as f(**inputs), so keys must be names, got {list(inputs)}"
+        )
     tree = flatten(inputs)
     size = _batch_size(tree)
     wanted, named = _wanted(module, wrt)

@@ -60,7 +60,7 @@ def _children(value: Any) -> _Parts | None:
         kind = type(value)
         return [f"[{k}]" for k in range(len(value))], list(value), lambda new: kind(new)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value)]
+        names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
         return (
             [f".{k}" for k in names],
             [getattr(value, k) for k in names],
@@ -72,9 +72,12 @@ def _children(value: Any) -> _Parts | None:
 def _mapping(old: Mapping[Any, Any], children: list[Any]) -> Any:
     if type(old) is dict:
         return dict(zip(old, children, strict=True))
-    new: Any = copy.copy(old)  # an OrderedDict, a UserDict, a model's own output class
-    for key, child in zip(old, children, strict=True):
-        new[key] = child
+    try:
+        new: Any = copy.copy(old)  # an OrderedDict, a UserDict, a model's own output class
+        for key, child in zip(old, children, strict=True):
+            new[key] = child
+    except TypeError:  # a read-only view
+        return dict(zip(old, children, strict=True))
     return new
 
 
