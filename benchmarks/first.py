@@ -175,14 +175,15 @@ def main() -> None:
     print(f"milliseconds, median of {arguments.repeats}; * measured on {LOOP_SAMPLES} samples")
     print("| case | " + " | ".join(WAYS) + " | row loop / batchjac |")
     print("|" + "---|" * (len(WAYS) + 2))
-    results = []
-    for case in CASES:
-        if arguments.only in case.name:
-            results.append(measure(case, arguments.repeats))
-            print(row(results[-1]), flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment(), "results": results}, indent=1)
-    arguments.out.write_text(text + "\n")
+    results: list[dict[str, Any]] = []
+    for case in CASES:
+        if arguments.only not in case.name:
+            continue
+        results.append(measure(case, arguments.repeats))
+        print(row(results[-1]), flush=True)
+        text = json.dumps({"environment": environment(), "results": results}, indent=1)
+        arguments.out.write_text(text + "\n")  # after every case: a run that stops loses nothing
 
 
 if __name__ == "__main__":
