@@ -190,7 +190,7 @@ def _size(meta: Meta) -> int:
 
 
 # Nodes whose output is a view of what they took: it costs nothing more to keep.
-_VIEWS = re.compile(
+VIEWS = re.compile(
     r"(Alias|AsStrided|Chunk|Diagonal|Expand|Permute|ReshapeAlias|Select|Slice|Split|SplitWithSizes"
     r"|Squeeze|T|Transpose|Unbind|Unfold|UnsafeSplit|UnsafeView|Unsqueeze|View|ViewAsReal"
     r"|ViewAsComplex)Backward\d+"
@@ -207,7 +207,7 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     saved = sum(
         _size(meta)
         for step in steps
-        if not _VIEWS.fullmatch(step.name)
+        if not VIEWS.fullmatch(step.name)
         for k, meta in enumerate(step.outputs)
         if (step.node, k) not in shared
     )

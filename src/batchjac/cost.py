@@ -1,0 +1,195 @@
+"""Seconds of a stage, from its shapes and from what this machine was measured to do.
+
+    seconds = products / rate + convolutions / rate + bytes / bandwidth + calls * overhead
+
+Nothing of the user's model runs here. Rates are measured once in a process, on random numbers.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from batchjac import kernels
+from batchjac.graph import Meta, Step
+from batchjac.kernels import Convolution
+from batchjac.memory import CACHE, VIEWS
+
+# Which edge is which factor of ``nk,ko->no``; another edge is added to the product.
+_FACTORS = {
+    "MmBackward0": (0, 1), "BmmBackward0": (0, 1), "AddmmBackward0": (1, 2),
+    "BaddbmmBackward0": (1, 2), "AddbmmBackward0": (1, 2),
+}  # fmt: skip
+_CONVOLUTIONS = ("ConvolutionBackward0", "MkldnnConvolutionBackward0", "CudnnConvolutionBackward0")
+_ATTENTION = "ScaledDotProduct"
+# Nodes whose Jacobian depends on no sample: rows that all samples share stay so.
+_CONSTANT = frozenset(
+    "AddBackward0 SubBackward0 NegBackward0 SumBackward0 SumBackward1 MeanBackward0 MeanBackward1 "
+    "CatBackward0 StackBackward0 ConstantPadNdBackward0 AvgPool2DBackward0 CloneBackward0 "
+    "AdaptiveAvgPool2DBackward0 ToCopyBackward0 RepeatBackward0 AccumulateGrad".split()
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second; ``call`` is the seconds that one node takes at least."""
+
+    product: float  # multiply-adds of a large matrix product
+    small: float  # of a small one
+    batched: float  # of a product of two matrices for each sample
+    convolution: float  # toward the output
+    transposed: float  # toward the input
+    cached: float  # bytes read and written, entry by entry, in memory that is used again
+    fresh: float  # bytes written to new memory
+    call: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one row of one sample costs, and how many nodes are called for all of them."""
+
+    products: float = 0.0
+    convolutions: float = 0.0
+    bytes: float = 0.0
+    calls: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.products + other.products,
+            self.convolutions + other.convolutions,
+            self.bytes + other.bytes,
+            self.calls + other.calls,
+        )
+
+
+_SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
+
+
+def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False) -> float:
+    """The time of ``rows`` through these nodes for so many samples, in chunks for the cache."""
+    times = rows * samples
+    largest = times * work.products / max(1, work.calls)
+    products = rates.small if largest < _SMALL else rates.product
+    convolutions = rates.convolution if up else rates.transposed
+    chunks = max(1, math.ceil(times * work.bytes / CACHE))
+    return (
+        times * work.products / products
+        + times * work.convolutions / convolutions
+        + times * work.bytes / rates.cached
+        + chunks * work.calls * rates.call
+    )
+
+
+def joined(rows: int, inner: int, columns: int, samples: int, shared: int, rates: Rates) -> float:
+    """The time of ``[rows, inner] [inner, columns]`` for each sample; ``shared`` factors are not.
+
+    With one factor that all samples share it is one product; with two, of one sample alone.
+    """
+    each = rows * inner * columns * (1 if shared == 2 else samples)
+    rate = rates.batched if shared == 0 else rates.product
+    written = rows * columns * (1 if shared == 2 else samples) * 4
+    return each / (rates.small if each < _SMALL else rate) + written / rates.cached + rates.call
+
+
+def work(steps: Iterable[Step], samples: int) -> Work:
+    """What these nodes do for one row of one sample, in either direction."""
+    total = Work()
+    for step in steps:
+        edges = [e for e in step.edges if e is not None]
+        if not edges:
+            continue
+        moved = 0
+        if not VIEWS.fullmatch(step.name):
+            moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in edges)
+        total += Work(
+            _products(step) / samples, _convolutions(step) / samples, moved / samples, 1
+        )
+    return total
+
+
+def constant(step: Step) -> bool:
+    """Whether the node's Jacobian is the same for all samples, so that shared rows stay shared."""
+    if VIEWS.fullmatch(step.name) or step.name in _CONSTANT or step.name in _CONVOLUTIONS:
+        return True
+    factors = _FACTORS.get(step.name)
+    wanted = [k for k, e in enumerate(step.edges) if e is not None]
+    # toward the left factor the right one is what remains, a weight where it has no samples
+    return factors is not None and step.name[:2] in ("Mm", "Ad") and wanted == [factors[0]]
+
+
+def _bytes(meta: Meta) -> int:
+    return math.prod(meta.shape) * meta.dtype.itemsize
+
+
+def _products(step: Step) -> int:
+    """Multiply-adds for one row: of a matrix product toward each wanted factor, of attention."""
+    if step.name.startswith(_ATTENTION):
+        # scores, and the values they weigh, forth and back
+        return 4 * math.prod(step.shape) * step.shape[-2]
+    total = 0
+    for side, k in enumerate(_FACTORS.get(step.name, ())):
+        edge = step.wanted(k)
+        if edge is not None:
+            total += math.prod(edge.shape) * step.shape[-1 if side == 0 else -2]
+    return total
+
+
+def _convolutions(step: Step) -> int:
+    """Multiply-adds for one row: every entry of one side meets the weights of its channel."""
+    if step.name not in _CONVOLUTIONS or not step.has("weight") or step.edges[0] is None:
+        return 0
+    weight = step.saved("weight").shape
+    transposed = step.has("transposed") and step.saved("transposed")
+    side = step.edges[0].shape if transposed else step.shape
+    return math.prod(side) * math.prod(weight[1:])
+
+
+# Orders of magnitude, to see what is too small for a plan without measuring anything.
+NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 4e9, 1e-5)
+
+
+@functools.cache
+def rates(threads: int) -> Rates:
+    """What this machine does with so many threads: each figure the best of a few runs, 0.1 s."""
+    assert threads == torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    with torch.no_grad():
+        g, w = numbers(512, 512), numbers(512, 512)
+        s = numbers(64, 64)
+        a, b = numbers(8, 256, 32), numbers(8, 32, 256)
+        images, taps = numbers(8, 32, 28, 28), numbers(32, 32, 3, 3)
+        layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+        reused, factor = numbers(1, 1 << 21), numbers(1, 1 << 21)
+        entries = reused.nbytes
+        macs = images.numel() * taps[0].numel()
+        call = _best(lambda: torch.mul(s[:2], s[:2]))
+        return Rates(
+            product=g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
+            small=s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
+            batched=a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
+            convolution=macs / _best(lambda: torch.conv2d(images, taps, padding=1)),
+            transposed=macs
+            / _best(lambda: kernels.convolution(images, taps, list(images.shape), layer)),
+            cached=2 * entries / _best(lambda: reused.mul_(factor)),
+            fresh=(64 << 20) / _best(lambda: torch.ones(16 << 20), 2),
+            # a node is several operations and as much Python beside them
+            call=8 * call,
+        )
+
+
+def _best(run: Callable[[], object], times: int = 5) -> float:
+    """The shortest of a few runs: interference only lengthens one."""
+    run()
+    least = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        least = min(least, time.perf_counter() - start)
+    return max(least, 1e-9)
