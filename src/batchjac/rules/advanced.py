@@ -156,19 +156,23 @@ def index_put(step: Step, blocks: Blocks) -> Any:
 
 @forward("IndexPutBackward0", "IndexPutImplBackward0")
 def index_put_forward(step: Step, blocks: Blocks) -> list[Block | None]:
-    """``t_x[v]``, at ``(i_k, j_k, ...)`` replaced by or added to ``t_z[v,k]``."""
+    """``t_x[v]``, at ``(i_k, j_k, ...)`` replaced by or added to ``t_z[v,k]``.
+
+    Autograd lets everything that was written to one place count there; so the sum of it.
+    """
     x, written = blocks[0], blocks[1] if len(blocks) > 1 else None
     some = x or written
     assert some is not None
     layout = _layout(step.saved("indices"), len(step.shape))
     base = some.data.new_zeros(some.rows, *step.shape) if x is None else x.full()
-    values = some.data.new_zeros(())
+    indices = (None, *layout.indices)
+    if x is not None and not step.saved("accumulate"):
+        base = torch.ops.aten.index_put(base, indices, base.new_zeros(()))
     if written is not None:
         shape = [0] * (len(layout.rest) + len(layout.shape))
         shape[layout.first : layout.first + len(layout.shape)] = layout.shape
         for dim, k in zip(layout.rest, layout.places, strict=True):
             shape[k] = step.shape[dim]
         values = _rows_last(written.broadcast_to(shape).full(), layout)
-    indices = (None, *layout.indices)
-    put = torch.ops.aten.index_put(base, indices, values, step.saved("accumulate"))
-    return [Block(put, step.shape)]
+        base = torch.ops.aten.index_put(base, indices, values, True)
+    return [Block(base, step.shape)]

@@ -72,6 +72,8 @@ def diagonal(reverse: Reverse) -> Forward:
         for k, tangent in enumerate(blocks):
             if tangent is None:
                 continue
+            if len(tangent.shape) > len(step.shape):  # a loss that was reduced to a number
+                return NotImplemented
             edges = tuple(e if j == k else None for j, e in enumerate(step.edges))
             rows = first(step, tangent.broadcast_to(step.shape))
             found = reverse(replace(step, edges=edges), rows)

@@ -99,6 +99,8 @@ def _gathered(step: Step, t: Block, index: Tensor) -> Any:
 @single("GatherBackward0")
 def gather_forward(step: Step, t: Block) -> Any:
     """``t[v, ..., i(..., k, ...), ...]``."""
+    if step.saved("sparse_grad"):
+        return NotImplemented
     return _gathered(step, t, step.saved("index"))
 
 
@@ -139,7 +141,10 @@ def scatter(step: Step, blocks: Blocks) -> Any:
 
 
 def _pair(step: Step, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
-    """Tangents of what was written into, zero where there are none, and of what was written."""
+    """Tangents of what was written into, zero where there are none, and of what was written.
+
+    Autograd lets everything that was written to one place count there; so the sum of it.
+    """
     x, source = blocks[0], blocks[1] if len(blocks) > 1 else None
     some = x or source
     assert some is not None
@@ -156,11 +161,9 @@ def scatter_forward(step: Step, blocks: Blocks) -> Any:
     base, source = _pair(step, blocks)
     dim = step.saved("dim") % len(step.shape) + 1
     where = index.expand(base.shape[0], *index.shape)
-    if step.name.startswith("ScatterAdd"):
-        base = base if source is None else base.scatter_add(dim, where, source)
-    else:
-        base = torch.ops.aten.scatter(base, dim, where, 0 if source is None else source)
-    return [Block(base, step.shape)]
+    if not step.name.startswith("ScatterAdd"):
+        base = base.scatter(dim, where, 0)
+    return [Block(base if source is None else base.scatter_add(dim, where, source), step.shape)]
 
 
 @rule("IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0", samples=_across)
@@ -195,13 +198,11 @@ def index_into_forward(step: Step, blocks: Blocks) -> Any:
     base, source = _pair(step, blocks)
     dim = step.saved("dim") % len(step.shape) + 1
     index = step.saved("index").reshape(-1)
-    if step.name.startswith("IndexAdd"):
-        factor = step.saved("alpha")
-        base = base if source is None else base.index_add(dim, index, source, alpha=factor)
-    elif source is None:
+    if not step.name.startswith("IndexAdd"):
         base = base.index_fill(dim, index, 0)
-    else:
-        base = base.index_copy(dim, index, source)
+    if source is not None:
+        factor = step.saved("alpha") if step.has("alpha") else 1
+        base = base.index_add(dim, index, source, alpha=factor)
     return [Block(base, step.shape)]
 
 

@@ -42,14 +42,9 @@ def cut(step: Step, t: Block) -> Block:
     return Block(t.data[(slice(None),) * (dim + 1) + (where,)], step.shape)
 
 
-def _common(blocks: Blocks, dim: int) -> tuple[int, ...]:
-    """The sizes of all tangents side by side, 1 along ``dim``, before which the rows come."""
-    sizes = []
-    for block in blocks:
-        if block is not None:
-            size = list(block.data.shape)
-            size[dim] = 1
-            sizes.append(size)
+def _common(blocks: Sequence[Block], dim: int) -> tuple[int, ...]:
+    """The sizes that all tangents have in common, 1 along axis ``dim`` of their data."""
+    sizes = [(*b.data.shape[:dim], 1, *b.data.shape[dim + 1 :]) for b in blocks]
     return tuple(torch.broadcast_shapes(*sizes))
 
 
@@ -57,20 +52,22 @@ def _common(blocks: Blocks, dim: int) -> tuple[int, ...]:
 def cat(step: Step, blocks: Blocks) -> Sequence[Block]:
     """``y = [x_1, x_2, ...]``: ``[t_1[v], t_2[v], ...]``, zero where nothing arrived."""
     dim = step.saved("dim") % len(step.shape)
-    common = _common(blocks, dim + 1)
+    places = [(b, k) for b, k in zip(blocks, starts(step, dim), strict=True) if b and k is not None]
+    if not places:  # all of it empty, or of the shape [0] that cat skips
+        some = next(b.data for b in blocks if b is not None)
+        return [Block(some.new_zeros(some.shape[0], *(1 for _ in step.shape)), step.shape)]
+    common = _common([block for block, _ in places], dim + 1)
     parts: list[Tensor] = []
     end = 0
-    for block, start in zip(blocks, starts(step, dim), strict=True):
-        if block is None or start is None:
-            continue
+    for block, start in places:
         data = block.spread(dim).expand(*common[: dim + 1], -1, *common[dim + 2 :])
-        parts += [_resized(data, dim + 1, start - end), data]
+        if start != end:
+            parts.append(_resized(data, dim + 1, start - end))
+        parts.append(data)
         end = start + block.shape[dim]
-    if not parts:
-        return [Block(next(b.data for b in blocks if b).new_zeros(common), step.shape)]
-    parts.append(_resized(parts[-1], dim + 1, step.shape[dim] - end))
-    present = [part for part in parts if part.shape[dim + 1]] or parts[:1]
-    return [Block(torch.cat(present, dim + 1), step.shape)]
+    if end != step.shape[dim]:
+        parts.append(_resized(parts[-1], dim + 1, step.shape[dim] - end))
+    return [Block(torch.cat(parts, dim + 1), step.shape)]
 
 
 @forward("StackBackward0")

@@ -101,7 +101,7 @@ def _unpooled(dims: int, *names: str) -> None:
         """``t[v,n,c,p]`` at ``i(n,c,p)``, zero elsewhere."""
         size = step.shape[-dims:]
         index = step.saved("indices").flatten(-dims)
-        data = put(t.full().flatten(-dims), -1, math.prod(size), index, add=False)
+        data = put(t.full().flatten(-dims), -1, math.prod(size), index, add=True)
         return Block(data.unflatten(-1, size), step.shape)
 
 
