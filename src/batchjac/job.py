@@ -1,5 +1,7 @@
 """One output of one recorded forward: its graph, its proof, its rows, into the sinks."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -7,14 +9,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from batchjac import memory
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
+from batchjac.choose import Choice, NoRoute, choices, held
+from batchjac.engines.forward import NoForwardRule
+from batchjac.engines.mixed import Way
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
+from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import Graph, Slot, prune
 from batchjac.independence import Proof, frozen, leaks, prove
 from batchjac.problem import Problem
+from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
 
@@ -118,25 +126,78 @@ class Job:
         """The goals on which ``y`` does not depend."""
         return [g for g in self.goals if g.slot[0] not in self.graph.reaches]
 
+    @cached_property
+    def choices(self) -> dict[Part, Choice]:
+        """The goals that are not best left to the plain walk, and the route to each."""
+        coupled = self.problem.coupling in ("sum", "full")
+        if self.root is None or coupled or self.problem.mode == "reverse":
+            return {}
+        slots = {g.part: g.slot for g in self.goals if g not in self.unreached()}
+        return choices(
+            self.graph, self.root, slots, self.proof.places, self.seeds, self.problem.mode
+        )
+
+    @property
+    def plain(self) -> tuple[Goal, ...]:
+        """The goals of the plain walk."""
+        return tuple(g for g in self.goals if g.part not in self.choices)
+
     def fill(self, sinks: dict[Part, Sink], rows: int, by_engine: bool = False) -> None:
-        """Compute all rows, ``rows`` at a time, and put them into the sinks."""
-        shared = tuple(g for g in self.goals if not g.target.per_sample)
+        """Compute all rows, ``rows`` at a time, and put them into the sinks.
+
+        Errors: ``NoRoute`` where a route was chosen that cannot be followed.
+        """
+        goals = self.goals
+        if not by_engine and self.choices:
+            goals = self.plain
+            for goal in self.goals:
+                if goal.part in self.choices:
+                    self._follow(sinks[goal.part], goal, self.choices[goal.part], rows)
+        shared = tuple(g for g in goals if not g.target.per_sample)
         hooked = by_engine and self.problem.coupling != "sum"
         together = self.count == 1 or self.seeds.across or not (shared or hooked)
         if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
             try:
-                self._push(sinks, rows, self.seeds, self.goals, self.proof, by_engine)
+                self._push(sinks, rows, self.seeds, goals, self.proof, by_engine)
                 return
             except NotPerSample:
                 pass  # every sample apart, below
         if together:
-            self._push(sinks, rows, self.seeds, self.goals, None, by_engine)
+            self._push(sinks, rows, self.seeds, goals, None, by_engine)
             return
         # what a hook does to a gradient may depend on all of it, so it sees one sample's at a time
-        own = () if by_engine else tuple(g for g in self.goals if g.target.per_sample)
-        apart = self.goals if by_engine else shared
+        own = () if by_engine else tuple(g for g in goals if g.target.per_sample)
+        apart = goals if by_engine else shared
         self._push(sinks, rows, self.seeds, own, None, by_engine)
         self._push(sinks, rows, replace(self.seeds, across=True), apart, None, by_engine)
+
+    def _follow(self, sink: Sink, goal: Goal, choice: Choice, units: int) -> None:
+        """One goal by its own route, ``units`` rows or columns at a time."""
+        kept = self.problem.create_graph  # then nothing is gained by chunks
+        way = Way(
+            self.graph, choice.cuts, self.seeds, self.kernels, choice.places,
+            1 << 62 if kept else units, kept,
+        )  # fmt: skip
+        inner = goal.target.shape[1:] if goal.target.per_sample else goal.target.shape
+        try:
+            for piece in way.pieces(choice.route):
+                data = piece.data.expand(self.count, -1, -1).to(goal.target.dtype)
+                if data.shape[2] == math.prod(inner):
+                    data = data.reshape(*data.shape[:2], *inner)
+                    sink.put(self.samples.start, piece.row, data)
+                else:
+                    sink.put_columns(self.samples.start, piece.column, data)
+        except (NoForwardRule, NotPerSample) as error:
+            if self.problem.mode != "auto":
+                raise UnsupportedError(
+                    f'mode="{self.problem.mode}": node {error} has no forward rule for this case; '
+                    'use mode="auto"'
+                ) from error
+            raise NoRoute(f"node {error} has no forward rule for this case") from error
+        except Exception as error:  # the plain walk decides
+            if self.problem.mode != "auto" or is_out_of_memory(error):
+                raise
+            raise NoRoute(f"the chosen mode failed ({type(error).__name__}: {error})") from error
 
     def _push(
         self,
@@ -183,6 +244,34 @@ def _zeros(target: Target, rows: int) -> Block:
     """No gradient arrived: zeros, without the memory for them."""
     zero = torch.zeros((), dtype=target.dtype, device=target.device)
     return Block(zero.expand(rows, *(1 for _ in target.shape)), target.shape)
+
+
+def need(work: Sequence[Job], samples: int) -> memory.Need:
+    """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
+    whole = memory.need([job.graph for job in work], samples, shared(work))
+    ways = [held(choice) for job in work for choice in job.choices.values()]
+    if not ways:
+        return whole
+    plain = [job.pruned(job.plain) for job in work if job.plain]
+    live = memory.need(plain, samples, shared(work)).live
+    return memory.Need(whole.saved + max(w.kept for w in ways), max(live, *(w.live for w in ways)))
+
+
+def units(work: Sequence[Job]) -> int:
+    """Rows of the longest walk, or columns where they are what is pushed."""
+    counts = [held(choice).units for job in work for choice in job.choices.values()]
+    return max([1, *counts, *(job.seeds.rows for job in work if job.plain)])
+
+
+def shared(work: Sequence[Job]) -> set[Slot]:
+    """What all samples share on the way to parameters."""
+    return {
+        slot
+        for job in work
+        if job.root is not None and not all(g.target.per_sample for g in job.goals)
+        for slot, place in job.proof.places.items()
+        if place is SHARED
+    }
 
 
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:

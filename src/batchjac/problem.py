@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,10 +21,10 @@ from batchjac.state import refuse_lazy
 from batchjac.tree import Tree, flatten
 
 Coupling = Literal["error", "frozen", "sum", "full"]
+Mode = Literal["auto", "forward", "reverse", "mixed"]
 Kind = Literal["inputs", "layer", "parameter"]
 COUPLINGS = ("error", "frozen", "sum", "full")
-MODES = ("auto", "reverse")
-LATER_MODES = ("forward", "mixed")
+MODES = ("auto", "forward", "reverse", "mixed")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Problem:
     coupling: Coupling
     create_graph: bool
     batched: bool
+    mode: Mode = "auto"
     vmapped: bool = True  # a function of one sample may run under torch.vmap
 
     @property
@@ -125,8 +126,13 @@ def pose(
         raise InputTypeError(
             f"f must be an nn.Module or a callable on a batch, got {type(function).__name__}"
         )
-    _check_choice("mode", mode, MODES, LATER_MODES)
-    _check_choice("coupling", coupling, COUPLINGS, ())
+    _check_choice("mode", mode, MODES)
+    _check_choice("coupling", coupling, COUPLINGS)
+    if mode in ("forward", "mixed") and coupling in ("sum", "full"):
+        raise UnsupportedError(
+            f'coupling="{coupling}" goes in reverse; mode="{mode}" cannot answer it, use '
+            'mode="auto"'
+        )
     for name, flag in (("create_graph", create_graph), ("batched", batched)):
         if not isinstance(flag, bool):
             raise InputTypeError(f"{name} must be True or False, got {flag!r}")
@@ -162,13 +168,21 @@ def pose(
         )
     return Problem(
         function, module, inputs, tree, size, wanted, named, of, outputs,
-        coupling, create_graph, batched,  # type: ignore[arg-type]  # checked above
+        coupling, create_graph, batched, mode,  # type: ignore[arg-type]  # checked above
     )  # fmt: skip
 
 
-def _check_choice(name: str, value: str, valid: Sequence[str], later: Sequence[str]) -> None:
-    if value in later:
-        raise UnsupportedError(f'{name}="{value}" is not built yet; use {name}="auto"')
+def without_routes(problem: Problem, reason: str) -> Problem:
+    """The same question in plain reverse, unless another direction was asked for by name."""
+    if problem.mode in ("forward", "mixed"):
+        raise UnsupportedError(
+            f'mode="{problem.mode}": this function has {reason}, which run in reverse only; use '
+            'mode="auto"'
+        )
+    return replace(problem, mode="reverse")
+
+
+def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
         raise InputError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
 

@@ -51,6 +51,7 @@ class Chain:
     samples: int
     rows: int
     own: bool = False
+    itemsize: int = 4
 
     def height(self, a: int) -> int:
         """How many rows the Jacobian of cut ``a`` has."""
@@ -202,7 +203,7 @@ class Prices:
         chain = self.chain
         shared = chain.shared(a, k) + chain.shared(k, b)
         rows, inner, columns = chain.height(a), chain.widths[k], chain.widths[b]
-        return joined(rows, inner, columns, chain.samples, shared, self.rates)
+        return joined(rows, inner, columns, chain.samples, shared, chain.itemsize, self.rates)
 
 
 def pure(chain: Chain, prices: Prices, a: int, b: int) -> list[Route]:
@@ -237,9 +238,7 @@ def _mixes(chain: Chain, prices: Prices, a: int, b: int, best: Table, joins: Tab
     return found
 
 
-def _pushes(
-    chain: Chain, prices: Prices, a: int, b: int, k: int, table: Table
-) -> Iterator[Route]:
+def _pushes(chain: Chain, prices: Prices, a: int, b: int, k: int, table: Table) -> Iterator[Route]:
     """What a table holds to or from cut ``k``, its rows pushed down or its columns up."""
     above, below = table.get((a, k)), table.get((k, b))
     if above is not None and all(s.reverse for s in chain.stages[k:b]):

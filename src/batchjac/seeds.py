@@ -39,6 +39,14 @@ class Seeds:
         """How many rows each sample has."""
         return len(self.entries)
 
+    @property
+    def every(self) -> bool:
+        """Whether all outputs are asked for, in their order."""
+        width = math.prod(self.output[1:])
+        return self.entries.shape == (width,) and bool(
+            (self.entries == torch.arange(width, device=self.device)).all()
+        )
+
     def _each_sample(self) -> Tensor:
         """``entries`` as ``[V, N]``, or ``[V, 1]`` where they are the same for all samples."""
         return self.entries if self.entries.dim() == 2 else self.entries.unsqueeze(1)

@@ -26,6 +26,10 @@ class Sink(ABC):
         """Store a piece whose first entry belongs to this sample and row."""
 
     @abstractmethod
+    def put_columns(self, sample: int, column: int, piece: Tensor) -> None:
+        """Store all rows of some entries of the target, ``[samples, rows, entries]``."""
+
+    @abstractmethod
     def chunk(self, samples: slice) -> Tensor:
         """The rows of these samples, as they were put: ``[samples, rows, *target]``."""
 
@@ -63,6 +67,22 @@ class Preallocated(Sink):
         self.view[sample : sample + piece.shape[0], row : row + piece.shape[1]].copy_(piece)
         self.wrote(piece.numel())
 
+    def put_columns(self, sample: int, column: int, piece: Tensor) -> None:
+        n, _, width = piece.shape
+        inner = self.view.shape[2:]
+        if math.prod(inner) == width:
+            self.put(sample, 0, piece.reshape(*piece.shape[:2], *inner))
+            return
+        part = self.view[sample : sample + n]
+        try:
+            part.view(*part.shape[:2], -1)[:, :, column : column + width].copy_(piece)
+        except RuntimeError:  # the axes of the target are apart in the caller's memory
+            entries = torch.arange(column, column + width, device=part.device)
+            where = torch.unravel_index(entries, inner)
+            every: tuple[slice | Tensor, ...] = (slice(None), slice(None), *where)
+            part[every] = piece.to(part.device, part.dtype)
+        self.wrote(piece.numel())
+
     def chunk(self, samples: slice) -> Tensor:
         return self.view[samples]
 
@@ -81,6 +101,9 @@ class Collected(Sink):
         if row == 0:
             self.pieces[sample] = []  # also when a chunk is computed again
         self.pieces[sample].append(piece)
+
+    def put_columns(self, sample: int, column: int, piece: Tensor) -> None:
+        raise AssertionError("a history is kept whole, so its columns come together")
 
     def chunk(self, samples: slice) -> Tensor:
         starts = [n for n in sorted(self.pieces) if samples.start <= n < samples.stop]

@@ -13,6 +13,7 @@ from torch import Tensor
 from batchjac import memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture
+from batchjac.choose import NoRoute
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import (
     BatchjacError,
@@ -22,14 +23,12 @@ from batchjac.errors import (
     UnsupportedError,
     is_out_of_memory,
 )
-from batchjac.graph import Slot
 from batchjac.independence import prove
-from batchjac.job import Goal, Job, jobs
+from batchjac.job import Goal, Job, jobs, need, shared, units
 from batchjac.locate import coupled
 from batchjac.memory import Chunk
 from batchjac.plan import Plan
-from batchjac.problem import Problem
-from batchjac.samples import SHARED
+from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.solution import Solution, detached
 from batchjac.state import untouched
@@ -159,11 +158,17 @@ class _Run:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
         self.restore()
         with capture(self.problem, samples) as captured:
-            return self._captured(samples, captured)
+            try:
+                return self._captured(samples, captured)
+            except NoRoute as error:
+                log.warning("%s: rows now go in reverse", error)
+                self.problem = replace(self.problem, mode="reverse")
+                return False
 
     def _captured(self, samples: slice, captured: Capture) -> bool:
         if captured.hooked and not self.by_engine:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
+            self.problem = without_routes(self.problem, "hooks on gradients")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
         self.rows, self.need = 0, None
@@ -225,9 +230,14 @@ class _Run:
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
         if self.need is None:
-            self.need = memory.need([job.graph for job in work], captured.samples, _shared(work))
-        rows = _rows(work)
-        return memory.chunk(self.need, samples, rows, self.allowed, self.result, whole)
+            self.need = need(work, captured.samples)
+        try:
+            return memory.chunk(self.need, samples, units(work), self.allowed, self.result, whole)
+        except BudgetError as error:
+            tight = self.whole or not whole or captured.samples == 1
+            if tight and any(job.choices for job in work):
+                raise NoRoute("max_memory does not hold the Jacobians on the way") from error
+            raise
 
     def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
         """The sinks, once the first capture has shown the shapes."""
@@ -244,7 +254,7 @@ class _Run:
         if self.problem.create_graph and self.told:
             graphs, n = [job.graph for job in work], self.problem.samples
             memory.check_history(
-                graphs, captured.samples, n, _rows(work), _shared(work), self.allowed, sum(own)
+                graphs, captured.samples, n, units(work), shared(work), self.allowed, sum(own)
             )
             self.allowed = 1 << 62  # chunks would only add small blocks to what stays
         self.heap.allow(self.allowed - self.result)
@@ -332,6 +342,8 @@ class _Run:
         if self.by_engine or verify.trusted(job):
             return
         if verify.agrees(job, self.sinks) is False:
+            if job.choices:
+                raise NoRoute("autograd disagrees with the forward or mixed mode chosen")
             reason = (
                 "the walk and autograd disagree on this function (a hook that changes gradients, "
                 "or a node whose rule is wrong)"
@@ -360,21 +372,6 @@ class _Run:
             engine="rows" if self.by_engine else "walk", independence=self.independence,
             kernels=self.kernels.ways,
         )  # fmt: skip
-
-
-def _rows(work: Sequence[Job]) -> int:
-    return max((job.seeds.rows for job in work), default=1)
-
-
-def _shared(work: Sequence[Job]) -> set[Slot]:
-    """What all samples share on the way to parameters."""
-    return {
-        slot
-        for job in work
-        if job.root is not None and not all(g.target.per_sample for g in job.goals)
-        for slot, place in job.proof.places.items()
-        if place is SHARED
-    }
 
 
 def _without_graph(captured: Capture) -> Capture:

@@ -35,7 +35,8 @@ def _owner(problem: Problem) -> Any:
 def signature(job: Job) -> int:
     """What a graph is made of, whatever the number of samples."""
     steps = tuple((s.name, s.outputs[0].dtype, len(s.shape)) for s in job.graph.steps)
-    return hash((steps, tuple(sorted(job.kernels.ways.items()))))
+    routes = tuple((part, choice.route) for part, choice in job.choices.items())
+    return hash((steps, routes, tuple(sorted(job.kernels.ways.items()))))
 
 
 def vmap_agrees(problem: Problem) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from batchjac.engines import forward
 from batchjac.graph import Step
 from batchjac.rules import registry
 from tests.rules import common
-from tests.rules.common import F64, ROWS, Case, Recorded, record
+from tests.rules.common import ROWS, Case, Recorded, record
 
 HERE = Path(__file__)
 MODULES = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchjac import kernels
 from batchjac.block import Block
-from batchjac.cuts import Places, between
+from batchjac.cuts import Places
 from batchjac.engines.forward import tangents
 from batchjac.engines.sweep import Kernels, walk
 from batchjac.graph import Graph, Meta, Slot, Step, metas
@@ -64,6 +64,10 @@ class Way:
         """Shape and dtype of a cut."""
         node, k = self.cuts[cut]
         return metas(node)[k]
+
+    def between(self, upper: int, lower: int) -> Graph:
+        """The steps from one cut to another."""
+        return between(self.graph, self.cuts[upper], self.cuts[lower])
 
     def shared(self, cut: int) -> bool:
         """Whether this is the target, and one for all samples."""
