@@ -325,7 +325,7 @@ class _Run:
         try:
             act()
         except Exception as error:
-            ours = isinstance(error, BatchjacError) or is_out_of_memory(error)
+            ours = isinstance(error, BatchjacError | NoRoute) or is_out_of_memory(error)
             if self.by_engine or ours:
                 raise
             self._distrust(job, captured, f"the walk failed ({type(error).__name__}: {error})")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchjac import kernels
 from batchjac.block import Block
-from batchjac.cuts import Places
+from batchjac.cuts import Places, between
 from batchjac.engines.forward import tangents
 from batchjac.engines.sweep import Kernels, walk
 from batchjac.graph import Graph, Meta, Slot, Step, metas
