@@ -13,18 +13,7 @@ from batchjac.engines.mixed import weight
 from batchjac.engines.sweep import per_sample_ready
 from batchjac.errors import UnsupportedError
 from batchjac.graph import Graph, Slot, Step, metas
-from batchjac.route import (
-    Chain,
-    Down,
-    Forward,
-    Join,
-    Reverse,
-    Route,
-    Stage,
-    Up,
-    Weight,
-    cheapest,
-)
+from batchjac.route import Chain, Route, Stage, cheapest
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds
 
@@ -200,38 +189,3 @@ def _staged(graph: Graph, found: tuple[Slot, ...]) -> list[list[Step]]:
         stages[-1].append(step)
     assert len(stages) == len(found) - 1
     return stages
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a route for one sample: kept all the while, and for each row or column at a time."""
-
-    kept: int
-    live: int
-    units: int  # rows or columns of the longest walk
-
-
-def held(choice: Choice) -> Held:
-    """What following the route takes beside the result."""
-    chain, size = choice.chain, choice.chain.itemsize
-    kept, live, units = 0, 1, 1
-    for node in choice.route:
-        rows, columns = chain.height(node.upper), chain.widths[node.lower]
-        if node is not choice.route and not isinstance(node, Weight):
-            kept += 2 * rows * columns * size  # its pieces, and they together
-        match node:
-            case Reverse() | Down():
-                start = node.upper if isinstance(node, Reverse) else node.above.lower
-                each = max(s.live for s in chain.stages[start : node.lower])
-                count = rows
-            case Forward() | Up():
-                end = node.lower if isinstance(node, Forward) else node.below.upper
-                each = max(s.live for s in chain.stages[node.upper : end])
-                each += (chain.widths[0] + rows) * size
-                count = columns
-            case Join():
-                each, count = 2 * columns * size, rows
-            case _:
-                each, count = columns * size, rows
-        live, units = max(live, each), max(units, count)
-    return Held(kept, live, units)

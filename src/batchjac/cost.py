@@ -167,7 +167,7 @@ def rates(threads: int) -> Rates:
         a, b = numbers(8, 256, 32), numbers(8, 32, 256)
         images, taps = numbers(8, 32, 28, 28), numbers(32, 32, 3, 3)
         layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
-        x, factor = numbers(1 << 21), numbers(1 << 21)
+        x, factor = numbers(1 << 22), numbers(1 << 22)
         macs = images.numel() * taps[0].numel()
         call = _best(lambda: torch.mul(s[:2], s[:2]))
         return Rates(

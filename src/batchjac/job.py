@@ -13,7 +13,7 @@ from batchjac import memory
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
-from batchjac.choose import Choice, NoRoute, choices, held
+from batchjac.choose import Choice, NoRoute, choices
 from batchjac.engines.forward import NoForwardRule
 from batchjac.engines.mixed import Way
 from batchjac.engines.rows import rows as engine_rows
@@ -22,6 +22,7 @@ from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import Graph, Slot, prune
 from batchjac.independence import Proof, frozen, leaks, prove
 from batchjac.problem import Problem
+from batchjac.route import held
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
@@ -173,10 +174,9 @@ class Job:
 
     def _follow(self, sink: Sink, goal: Goal, choice: Choice, units: int) -> None:
         """One goal by its own route, ``units`` rows or columns at a time."""
-        kept = self.problem.create_graph  # then nothing is gained by chunks
         way = Way(
-            self.graph, choice.cuts, self.seeds, self.kernels, choice.places,
-            1 << 62 if kept else units, kept,
+            self.graph, choice.cuts, self.seeds, self.kernels, choice.places, choice.chain,
+            units * held(choice.route, choice.chain).live, self.problem.create_graph,
         )  # fmt: skip
         inner = goal.target.shape[1:] if goal.target.per_sample else goal.target.shape
         try:
@@ -249,7 +249,7 @@ def _zeros(target: Target, rows: int) -> Block:
 def need(work: Sequence[Job], samples: int) -> memory.Need:
     """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
     whole = memory.need([job.graph for job in work], samples, shared(work))
-    ways = [held(choice) for job in work for choice in job.choices.values()]
+    ways = [held(choice.route, choice.chain) for job in work for choice in job.choices.values()]
     if not ways:
         return whole
     plain = [job.pruned(job.plain) for job in work if job.plain]
@@ -259,7 +259,9 @@ def need(work: Sequence[Job], samples: int) -> memory.Need:
 
 def units(work: Sequence[Job]) -> int:
     """Rows of the longest walk, or columns where they are what is pushed."""
-    counts = [held(choice).units for job in work for choice in job.choices.values()]
+    counts = [
+        held(choice.route, choice.chain).units for job in work for choice in job.choices.values()
+    ]
     return max([1, *counts, *(job.seeds.rows for job in work if job.plain)])
 
 

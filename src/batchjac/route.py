@@ -22,6 +22,9 @@ from functools import lru_cache
 
 from batchjac.cost import Rates, Work, joined, seconds
 
+# A route through no cut is taken where the best other one gains less than what is not counted.
+SIMPLER = 1.1
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -159,6 +162,49 @@ def passes(route: Route, chain: Chain) -> Passes:
     return Passes(rows, columns, products)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes for one sample: ``kept`` all the while, and ``live`` for each row or column at a time.
+
+    ``units`` rows or columns are what the longest step has.
+    """
+
+    kept: int
+    live: int
+    units: int
+
+
+def live(route: Route, chain: Chain) -> int:
+    """Bytes for one row or column of one sample while this step is computed."""
+    size, columns = chain.itemsize, chain.widths[route.lower]
+    stages: Sequence[Stage] = ()
+    match route:
+        case Reverse():
+            stages = chain.stages[route.upper : route.lower]
+        case Down():
+            stages = chain.stages[route.above.lower : route.lower]
+        case Forward():
+            stages, columns = chain.stages[route.upper : route.lower], chain.widths[route.upper]
+        case Up():
+            stages, columns = (
+                chain.stages[route.upper : route.below.upper],
+                chain.widths[route.upper],
+            )
+    return max([2 * columns * size, *(s.live for s in stages)], default=1) or 1
+
+
+def held(route: Route, chain: Chain) -> Held:
+    """What following the route takes beside the result."""
+    kept, most, units = 0, 1, 1
+    for node in route:
+        rows, columns = chain.height(node.upper), chain.widths[node.lower]
+        if node is not route and not isinstance(node, Weight):
+            kept += 2 * rows * columns * chain.itemsize  # its pieces, and they together
+        most = max(most, live(node, chain))
+        units = max(units, columns if isinstance(node, Forward | Up) else rows)
+    return Held(kept, most, units)
+
+
 class Prices:
     """Seconds of every step that a route can take, each stage priced once for a number of rows."""
 
@@ -273,4 +319,9 @@ def cheapest(chain: Chain, rates: Rates, mode: str) -> Route | None:
             found = _cheapest(routes)
             if found is not None:
                 best[a, b] = found
-    return (joins if mode == "mixed" else best).get((0, last))
+    if mode == "mixed":
+        return joins.get((0, last))
+    simple, found = _cheapest(pure(chain, prices, 0, last)), best.get((0, last))
+    if simple is not None and found is not None and simple.seconds <= SIMPLER * found.seconds:
+        return simple
+    return found

@@ -21,7 +21,7 @@ from batchjac.cuts import Places, between
 from batchjac.engines.forward import tangents
 from batchjac.engines.sweep import Kernels, walk
 from batchjac.graph import Graph, Meta, Slot, Step, metas
-from batchjac.route import Down, Forward, Join, Reverse, Route, Up, Weight
+from batchjac.route import Chain, Down, Forward, Join, Reverse, Route, Up, Weight, live
 from batchjac.seeds import Seeds
 
 
@@ -47,7 +47,8 @@ class Way:
     seeds: Seeds
     kernels: Kernels
     places: Places | None
-    units: int
+    chain: Chain
+    room: int
     create_graph: bool
 
     @property
@@ -68,6 +69,10 @@ class Way:
     def between(self, upper: int, lower: int) -> Graph:
         """The steps from one cut to another."""
         return between(self.graph, self.cuts[upper], self.cuts[lower])
+
+    def units(self, route: Route) -> int:
+        """How many rows or columns of this step are computed at a time."""
+        return 1 << 62 if self.create_graph else max(1, self.room // live(route, self.chain))
 
     def shared(self, cut: int) -> bool:
         """Whether this is the target, and one for all samples."""
@@ -93,14 +98,17 @@ class Way:
                 case Up():
                     yield from self._up(route, self.jacobian(route.below))
                 case Join():
-                    yield from self._join(self.jacobian(route.above), self.jacobian(route.below))
+                    above, below = self.jacobian(route.above), self.jacobian(route.below)
+                    yield from self._join(route, above, below)
 
     def jacobian(self, route: Route) -> Tensor:
         """All of it: ``[N, rows, columns]``."""
         found = list(self.pieces(route))
         if len(found) == 1:
             return found[0].data
-        return torch.cat([p.data for p in found], 2 if found[-1].column else 1)
+        if found[-1].column:  # joined in the order in which they lie in memory
+            return torch.cat([p.data.permute(2, 0, 1) for p in found]).permute(1, 2, 0)
+        return torch.cat([p.data.transpose(0, 1) for p in found]).transpose(0, 1)
 
     def _weight(self, route: Weight) -> Tensor:
         """A linear layer's own matrix, or the rows of it that are asked for."""
@@ -112,19 +120,21 @@ class Way:
         meta, n = self.meta(route.upper), math.prod(self.entries(route.upper))
         rows = self.seeds.width if route.upper == 0 else n
         graph = self.between(route.upper, route.lower)
-        for start in range(0, rows, self.units):
+        units = min(rows, self.units(route))
+        for start in range(0, rows, units):
             if route.upper == 0:
-                block = self.seeds.block(start, start + self.units)
+                block = self.seeds.block(start, start + units)
             else:
-                data = _eye(start, min(rows, start + self.units), n, meta)
+                data = _eye(start, min(rows, start + units), n, meta)
                 block = Block(data.reshape(-1, 1, *meta.shape[1:]), meta.shape)
             yield Piece(start, 0, self._pushed(graph, route, block))
 
     def _down(self, route: Down, above: Tensor) -> Iterator[Piece]:
         shape = self.meta(route.above.lower).shape
         graph = self.between(route.above.lower, route.lower)
-        for start in range(0, above.shape[1], self.units):
-            rows = above[:, start : start + self.units].transpose(0, 1)
+        units = min(above.shape[1], self.units(route))
+        for start in range(0, above.shape[1], units):
+            rows = above[:, start : start + units].transpose(0, 1)
             block = Block(rows.reshape(*rows.shape[:2], *shape[1:]), shape)
             below = Reverse(route.above.lower, route.lower, 0.0)
             yield Piece(start, 0, self._pushed(graph, below, block))
@@ -146,16 +156,19 @@ class Way:
         meta, size = self.meta(route.lower), self.entries(route.lower)
         lead = () if self.shared(route.lower) else (1,)
         graph = self.between(route.upper, route.lower)
-        for start in range(0, math.prod(size), self.units):
-            data = _eye(start, min(math.prod(size), start + self.units), math.prod(size), meta)
+        columns = math.prod(size)
+        units = min(columns, self.units(route))
+        for start in range(0, columns, units):
+            data = _eye(start, min(columns, start + units), columns, meta)
             block = Block(data.reshape(-1, *lead, *size), meta.shape)
             yield Piece(0, start, self._pulled(graph, route.upper, route.lower, block))
 
     def _up(self, route: Up, below: Tensor) -> Iterator[Piece]:
         meta = self.meta(route.below.upper)
         graph = self.between(route.upper, route.below.upper)
-        for start in range(0, below.shape[2], self.units):
-            columns = below[:, :, start : start + self.units].permute(2, 0, 1).to(meta.dtype)
+        units = min(below.shape[2], self.units(route))
+        for start in range(0, below.shape[2], units):
+            columns = below[:, :, start : start + units].permute(2, 0, 1).to(meta.dtype)
             block = Block(columns.reshape(*columns.shape[:2], *meta.shape[1:]), meta.shape)
             yield Piece(0, start, self._pulled(graph, route.upper, route.below.upper, block))
 
@@ -181,11 +194,13 @@ class Way:
         each = torch.arange(self.samples, device=entries.device)
         return jacobian.expand(self.samples, -1, -1)[each[:, None], entries.T]
 
-    def _join(self, above: Tensor, below: Tensor) -> Iterator[Piece]:
+    def _join(self, route: Join, above: Tensor, below: Tensor) -> Iterator[Piece]:
         below = below.to(above.dtype)
-        for start in range(0, above.shape[1], self.units):
-            rows = above[:, start : start + self.units]
-            yield Piece(start, 0, product(rows, below))
+        if len(above) == 1 and not below.permute(2, 0, 1).is_contiguous():
+            below = below.transpose(0, 1).contiguous().transpose(0, 1)  # once for all chunks
+        units = min(above.shape[1], self.units(route))
+        for start in range(0, above.shape[1], units):
+            yield Piece(start, 0, product(above[:, start : start + units], below))
 
     def _zeros(self, cut: int, rows: int, columns: int) -> Tensor:
         meta = self.meta(cut)
