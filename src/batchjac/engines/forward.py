@@ -19,7 +19,12 @@ Blocks = Sequence[Block | None]
 
 
 class NoForwardRule(Exception):
-    """A node has no forward rule, or its rule does not cover this case; the name is given."""
+    """Tangents cannot pass a node, whose name is given; cotangents can.
+
+    It has no forward rule, or that does not cover this case. Or the tangents are not finite: at an
+    infinite slope a direction that is zero there becomes ``0 * inf`` on the way forward, where the
+    walk may never meet that product.
+    """
 
 
 def forward_ready(graph: Graph) -> str | None:
@@ -53,12 +58,14 @@ def tangents(
                     alive.pop(slot, None)
             if all(block is None for block in arriving):
                 continue
-            found = through(step, arriving)
-            del arriving
-            for k, block in enumerate(found):
+            for k, block in enumerate(through(step, arriving)):
                 if block is not None and readers[(step.node, k)]:
                     alive[(step.node, k)] = block
-    return alive.get(root)
+            del arriving
+    found = alive.get(root)
+    if found is not None and not torch.isfinite(found.data.detach().sum()):
+        raise NoForwardRule(f"{root[0].name()}: its tangents are not finite")
+    return found
 
 
 def _between(graph: Graph, root: Slot) -> tuple[list[Step], Counter[Slot]]:

@@ -20,7 +20,6 @@ from batchjac.rules.registry import Blocks, elementwise, rule, single
 from batchjac.rules.spatial import but_last
 from batchjac.samples import SHARED, Place, SampleAxis, moved, reshaped
 
-
 VIEWS = (
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
     "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
