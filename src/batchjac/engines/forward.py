@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Graph, Meta, Slot, Step
@@ -63,7 +64,7 @@ def tangents(
                     alive[(step.node, k)] = block
             del arriving
     found = alive.get(root)
-    if found is not None and not torch.isfinite(found.data.detach().sum()):
+    if found is not None and not _finite(found.data.detach()):
         raise NoForwardRule(f"{root[0].name()}: its tangents are not finite")
     return found
 
@@ -103,3 +104,9 @@ def through(step: Step, blocks: Blocks) -> Blocks:
 
 def _like(block: Block, meta: Meta) -> Block:
     return block.with_data(block.data.to(device=meta.device, dtype=meta.dtype))
+
+
+def _finite(data: Tensor) -> bool:
+    """Whether neither inf nor nan is among them; one pass, no copy."""
+    wide = torch.promote_types(data.dtype, torch.float32)
+    return bool(data.sum(dtype=wide).isfinite())
