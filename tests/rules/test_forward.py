@@ -293,16 +293,37 @@ def test_a_matrix_that_all_rows_share_goes_to_its_kernel(monkeypatch: pytest.Mon
     assert called == [weight.data_ptr()] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tangents_take_the_dtype_of_the_output(dtype: torch.dtype):
-    step = step_of("SumBackward1", lambda x: x.to(dtype).sum(1, dtype=F64), (4, 3))
-    (found,) = forward.through(step, tangents(step, ()))
+def test_tangents_are_cast_on_their_way_in_as_activations_were():
+    step = step_of("SumBackward1", lambda x: x.bfloat16().sum(1, dtype=F64), (4, 3))
+    (t,) = blocks = tangents(step, ())
+    (found,) = forward.through(step, blocks)
+    assert t is not None
     assert found is not None
-    assert found.data.dtype == F64
-    step = step_of("ToCopyBackward0", lambda x: x.to(dtype).sum(), (4, 3))
-    (found,) = forward.through(step, tangents(step, ()))
+    assert t.data.dtype == torch.bfloat16
+    assert torch.equal(found.data, t.data.double().sum(2))  # not rounded before the sum is done
+
+
+def test_tangents_leave_in_the_dtype_of_the_output():
+    step = step_of("NativeLayerNormBackward0", lambda x: F.layer_norm(x.bfloat16(), (3,)), (4, 3))
+    found, *_ = forward.through(step, tangents(step, ()))  # computed in float32, as torch does
     assert found is not None
-    assert found.data.dtype == dtype
+    assert found.data.dtype == torch.bfloat16
+
+
+def test_a_letter_of_one_factor_alone_is_summed_over_at_full_size():
+    """``y[a,c] = sum_b i[a,b] j[a,c] k[a]``, which ``nn.Bilinear`` never asks for."""
+    j, k = torch.randn(2, 4, dtype=F64), torch.randn(2, dtype=F64)
+
+    def product(i: Tensor) -> Tensor:
+        found: Tensor = torch._trilinear(i, j, k, [2], [1], [1, 2], [1])
+        return found
+
+    step = step_of("TrilinearBackward0", product, (2, 3))
+    t, *_ = blocks = tangents(step, (1,))
+    (found,) = forward.through(step, blocks)
+    assert t is not None
+    assert found is not None
+    torch.testing.assert_close(found.full(), torch.stack([product(row) for row in t.full()]))
 
 
 ATTENTION = [c for c in test_attention.CASES if not c.declines and all(c.wants or (True,))]
