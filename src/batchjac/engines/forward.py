@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Graph, Meta, Slot, Step
@@ -19,7 +20,12 @@ Blocks = Sequence[Block | None]
 
 
 class NoForwardRule(Exception):
-    """A node has no forward rule, or its rule does not cover this case; the name is given."""
+    """Tangents cannot pass a node, whose name is given; cotangents can.
+
+    It has no forward rule, or that does not cover this case. Or the tangents are not finite: at an
+    infinite slope a direction that is zero there becomes ``0 * inf`` on the way forward, where the
+    walk may never meet that product.
+    """
 
 
 def forward_ready(graph: Graph) -> str | None:
@@ -53,12 +59,14 @@ def tangents(
                     alive.pop(slot, None)
             if all(block is None for block in arriving):
                 continue
-            found = through(step, arriving)
-            del arriving
-            for k, block in enumerate(found):
+            for k, block in enumerate(through(step, arriving)):
                 if block is not None and readers[(step.node, k)]:
                     alive[(step.node, k)] = block
-    return alive.get(root)
+            del arriving
+    found = alive.get(root)
+    if found is not None and not _finite(found.data.detach()):
+        raise NoForwardRule(f"{root[0].name()}: its tangents are not finite")
+    return found
 
 
 def _between(graph: Graph, root: Slot) -> tuple[list[Step], Counter[Slot]]:
@@ -96,3 +104,9 @@ def through(step: Step, blocks: Blocks) -> Blocks:
 
 def _like(block: Block, meta: Meta) -> Block:
     return block.with_data(block.data.to(device=meta.device, dtype=meta.dtype))
+
+
+def _finite(data: Tensor) -> bool:
+    """Whether neither inf nor nan is among them; one pass, no copy."""
+    wide = torch.promote_types(data.dtype, torch.float32)
+    return bool(data.sum(dtype=wide).isfinite())

@@ -199,7 +199,7 @@ def attention_forward(step: Step, blocks: Blocks) -> Any:
         _tangent(shared, [None if t is None else _wide(t[v : v + size]) for t in whole])
         for v in range(0, rows, size)
     ]
-    data = (found[0] if len(found) == 1 else torch.cat(found)).unflatten(0, lead[:2])
+    data = (found[0] if len(found) == 1 else torch.cat(found, 2)).unflatten(0, lead[:2])
     return first(step, Block(data.permute(3, 0, 1, 2, 4), step.shape))
 
 
