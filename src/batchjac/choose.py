@@ -25,10 +25,6 @@ SHORT = 1e-3  # seconds
 MOST_STAGES = 16  # the programme is cubic; the narrowest cuts are kept
 
 
-class NoRoute(Exception):
-    """A route that was chosen cannot be followed: it does not fit, or a rule declined."""
-
-
 @dataclass(frozen=True)
 class Choice:
     """The route to one target, what it was chosen from, and plain reverse beside it."""
@@ -91,7 +87,7 @@ def choose(
     if mode == "auto" and short:
         return None
     found = _narrowest(cuts(graph, root, target, places))
-    if len(found) < 2 or not seeds.width:
+    if len(found) < 2 or not seeds.width or not _entries(target, places.get(target) is SHARED):
         return None
     if mode == "forward":
         missing = forward_ready(between(graph, root, target))

@@ -13,9 +13,9 @@ from batchjac import memory
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
-from batchjac.choose import Choice, NoRoute, choices
+from batchjac.choose import Choice, choices
 from batchjac.engines.forward import NoForwardRule
-from batchjac.engines.mixed import Way
+from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
@@ -190,10 +190,12 @@ class Job:
         except (NoForwardRule, NotPerSample) as error:
             if self.problem.mode != "auto":
                 raise UnsupportedError(
-                    f'mode="{self.problem.mode}": node {error} has no forward rule for this case; '
-                    'use mode="auto"'
+                    f'mode="{self.problem.mode}" has no rule for this case of node {error}; use '
+                    'mode="auto"'
                 ) from error
-            raise NoRoute(f"node {error} has no forward rule for this case") from error
+            raise NoRoute(f"no forward rule for this case of node {error}") from error
+        except NoRoute:
+            raise
         except Exception as error:  # the plain walk decides
             if self.problem.mode != "auto" or is_out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchjac import memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture
-from batchjac.choose import NoRoute
+from batchjac.engines.mixed import NoRoute
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import (
     BatchjacError,

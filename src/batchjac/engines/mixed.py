@@ -25,6 +25,10 @@ from batchjac.route import Chain, Down, Forward, Join, Reverse, Route, Up, Weigh
 from batchjac.seeds import Seeds
 
 
+class NoRoute(Exception):
+    """A route that was chosen cannot be followed: it does not fit, or numbers forbid it."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Part ``[N, rows, columns]`` of a Jacobian, and where it starts."""
@@ -196,6 +200,9 @@ class Way:
 
     def _join(self, route: Join, above: Tensor, below: Tensor) -> Iterator[Piece]:
         below = below.to(above.dtype)
+        if not (above.isfinite().all() and below.isfinite().all()):
+            # 0 * inf: a masked entry is 0 in a walk, and NaN in a product
+            raise NoRoute("the Jacobians on the way are not finite")
         if len(above) == 1 and not below.permute(2, 0, 1).is_contiguous():
             below = below.transpose(0, 1).contiguous().transpose(0, 1)  # once for all chunks
         units = min(above.shape[1], self.units(route))
