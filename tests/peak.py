@@ -144,6 +144,15 @@ CALLS = {
         lambda: Part(16, 20_000), lambda: torch.randn(1500, 16)
     ),
     "without rules": Call(NoRules, lambda: torch.randn(300, 256)),
+    "forward": Call(
+        lambda: mlp(16, 256, 512, 1024), lambda: torch.randn(150, 16), {"mode": "forward"}
+    ),
+    "mixed": Call(
+        lambda: mlp(300, 256, 16, 256, 300), lambda: torch.randn(60, 300), {"mode": "mixed"}
+    ),
+    "mixed towards wide": Call(
+        lambda: mlp(2000, 64, 8, 256, 256), lambda: torch.randn(10, 2000), {"mode": "mixed"}
+    ),
     "mapped": Call(lenet, images(2000, 1, 32), mapped=(2000, 10, 1, 32, 32)),
 }  # fmt: skip
 

@@ -33,6 +33,8 @@ BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "many outputs": (64, 128, 256),
     "transformer": (64, 128, 256),
     "parameters": (64, 128, 256),
+    "forward": (32, 64, 128),
+    "mixed": (32, 64, 128),
 }
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"

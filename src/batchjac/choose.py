@@ -7,13 +7,13 @@ import torch
 
 from batchjac import cost, memory
 from batchjac.answer import Part
-from batchjac.cuts import Places, between, cuts, slots
+from batchjac.cuts import Places, between, covered, cuts, slots
 from batchjac.engines.forward import forward_ready
 from batchjac.engines.mixed import weight
 from batchjac.engines.sweep import per_sample_ready
 from batchjac.errors import UnsupportedError
 from batchjac.graph import Graph, Slot, Step, metas
-from batchjac.route import Chain, Route, Stage, cheapest
+from batchjac.route import Chain, Route, Stage, cheapest, stops
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds
 
@@ -22,6 +22,7 @@ MARGIN = 1.3
 # So few rows, or so short a time, and looking for a better route costs more than it can gain.
 FEW_ROWS = 4
 SHORT = 1e-3  # seconds
+MOST_DECLINED = 10_000
 MOST_STAGES = 16  # the programme is cubic; the narrowest cuts are kept
 
 
@@ -37,13 +38,24 @@ class Choice:
     plain: float  # seconds
     finish: float  # seconds to write the result, whichever way
 
-    def __hash__(self) -> int:
-        return hash((self.chain.widths, self.route))
+    @property
+    def key(self) -> int:
+        """The same for the same question, whichever graph it was recorded in."""
+        return hash((self.names, self.chain, self.route))
 
     @property
     def pays(self) -> bool:
         """Whether it is clearly the faster one, as far as can be predicted."""
         return MARGIN * (self.route.seconds + self.finish) < self.plain + self.finish
+
+
+_declined: set[int] = set()
+
+
+def decline(choice: Choice) -> None:
+    """Remember that a rule on this route declined, so that it is not tried again."""
+    if len(_declined) < MOST_DECLINED:
+        _declined.add(choice.key)
 
 
 def choices(
@@ -56,7 +68,7 @@ def choices(
     for part, target in targets.items():
         alone = graph if len(targets) == 1 else between(graph, root, target)
         choice = choose(alone, root, target, places, seeds, mode)
-        if choice is not None and (mode != "auto" or choice.pays):
+        if choice is not None and (mode != "auto" or (choice.pays and choice.key not in _declined)):
             found[part] = choice
     if mode == "auto" and found and len(targets) > 1:
         return found if _pay_together(graph, targets, found, seeds) else {}
@@ -106,6 +118,8 @@ def choose(
     if route is None:
         _refuse(mode, graph, found, chain)
         return None
+    # proved again by another way, since a path past a cut would be lost without a sound
+    assert all(covered(graph, root, found[k], target) for k in stops(route)), "a path past a cut"
     shared = places.get(target) is SHARED
     plain = cheapest(chain, rates, "reverse")
     whole = cost.seconds(work, seeds.width, n, rates)

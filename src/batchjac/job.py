@@ -13,7 +13,7 @@ from batchjac import memory
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
-from batchjac.choose import Choice, choices
+from batchjac.choose import Choice, choices, decline
 from batchjac.engines.forward import NoForwardRule
 from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import rows as engine_rows
@@ -193,13 +193,15 @@ class Job:
                     f'mode="{self.problem.mode}" has no rule for this case of node {error}; use '
                     'mode="auto"'
                 ) from error
+            decline(choice)
             raise NoRoute(f"no forward rule for this case of node {error}") from error
         except NoRoute:
             raise
         except Exception as error:  # the plain walk decides
             if self.problem.mode != "auto" or is_out_of_memory(error):
                 raise
-            raise NoRoute(f"the chosen mode failed ({type(error).__name__}: {error})") from error
+            reason = f"the chosen directions failed ({type(error).__name__}: {error})"
+            raise NoRoute(reason, loud=True) from error
 
     def _push(
         self,

@@ -162,6 +162,12 @@ def passes(route: Route, chain: Chain) -> Passes:
     return Passes(rows, columns, products)
 
 
+def stops(route: Route) -> set[int]:
+    """The cuts inside that the route stops at, and that every path must therefore pass."""
+    ends = {end for node in route for end in (node.upper, node.lower)}
+    return ends - {route.upper, route.lower}
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes for one sample: ``kept`` all the while, and ``live`` for each row or column at a time.

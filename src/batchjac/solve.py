@@ -161,7 +161,8 @@ class _Run:
             try:
                 return self._captured(samples, captured)
             except NoRoute as error:
-                log.warning("%s: rows now go in reverse", error)
+                level = logging.WARNING if error.loud else logging.INFO
+                log.log(level, "%s: rows now go in reverse", error)
                 self.problem = replace(self.problem, mode="reverse")
                 return False
 
@@ -343,7 +344,7 @@ class _Run:
             return
         if verify.agrees(job, self.sinks) is False:
             if job.choices:
-                raise NoRoute("autograd disagrees with the forward or mixed mode chosen")
+                raise NoRoute("autograd and the chosen directions disagree", loud=True)
             reason = (
                 "the walk and autograd disagree on this function (a hook that changes gradients, "
                 "or a node whose rule is wrong)"

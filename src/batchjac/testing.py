@@ -16,6 +16,7 @@ def jacobian_in_chunks(
     of: Any = None,
     wrt: Any = None,
     outputs: Any = None,
+    mode: str = "auto",
     coupling: str = "error",
     create_graph: bool = False,
     out: Any = None,
@@ -26,7 +27,7 @@ def jacobian_in_chunks(
     Law: equal to ``batchjac.jacobian`` for every ``samples`` and ``rows``.
     """
     problem = pose(
-        f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
+        f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
     return solve(problem, None, out, Chunk(samples, rows)).jacobian

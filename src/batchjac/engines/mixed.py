@@ -26,7 +26,11 @@ from batchjac.seeds import Seeds
 
 
 class NoRoute(Exception):
-    """A route that was chosen cannot be followed: it does not fit, or numbers forbid it."""
+    """A route that was chosen cannot be followed; ``loud`` where something is wrong with it."""
+
+    def __init__(self, reason: str, loud: bool = False) -> None:
+        super().__init__(reason)
+        self.loud = loud
 
 
 @dataclass(frozen=True)

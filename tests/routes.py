@@ -1,0 +1,42 @@
+"""What the planner chose for a model, without computing its Jacobian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from batchjac import choose, cost
+from batchjac.capture import capture
+from batchjac.choose import Choice
+from batchjac.cost import Rates
+from batchjac.engines.sweep import Kernels
+from batchjac.job import Job, jobs
+from batchjac.problem import pose
+
+DEFAULTS: dict[str, Any] = {
+    "wrt": None, "of": None, "outputs": None, "mode": "auto", "coupling": "error",
+    "create_graph": False, "batched": True,
+}  # fmt: skip
+
+
+def every_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``mode="auto"`` plan for small models too, and take whatever is predicted to be best."""
+    monkeypatch.setattr(choose, "FEW_ROWS", 0)
+    monkeypatch.setattr(choose, "SHORT", 0.0)
+    monkeypatch.setattr(choose, "MARGIN", 0.0)
+
+
+def planned(f: Any, x: Tensor, rates: Rates, **options: Any) -> Choice | None:
+    """The choice for one output and one input."""
+    problem = pose(f, x, **{**DEFAULTS, **options})
+    samples = slice(0, problem.samples)
+    with pytest.MonkeyPatch.context() as patch, capture(problem, samples) as captured:
+        every_route(patch)
+        patch.setattr(cost, "rates", lambda threads: rates)
+        (job,) = jobs(problem, captured, samples, Kernels())
+        return next(iter(job.choices.values()), None)
+
+
+__all__ = ["Job", "every_route", "planned"]
