@@ -202,7 +202,8 @@ VALUES = [
         f=nn.Embedding(5, 2), inputs=lambda: torch.arange(N)),
     bad("booleans only", InputError, r"no input has a floating dtype \(got torch\.bool\)",
         inputs=lambda: torch.ones(N, 3, dtype=torch.bool)),
-    bad("unknown mode", InputError, "mode must be one of 'auto', 'reverse', got 'backward'",
+    bad("unknown mode", InputError,
+        "mode must be one of 'auto', 'forward', 'reverse', 'mixed', got 'backward'",
         mode="backward"),
     bad("mode a number", InputError, "mode must be one of .* got 1", mode=1),
     bad("unknown coupling", InputError,
@@ -359,10 +360,11 @@ STATES = [
 ]  # fmt: skip
 
 LATER = [
-    bad("forward mode", UnsupportedError, 'mode="forward" is not built yet; use mode="auto"',
-        mode="forward"),
-    bad("mixed mode", UnsupportedError, 'mode="mixed" is not built yet; use mode="auto"',
-        mode="mixed"),
+    bad("forward mode of coupled samples", UnsupportedError,
+        'coupling="sum" goes in reverse; mode="forward" cannot answer it, use mode="auto"',
+        mode="forward", coupling="sum"),
+    bad("mixed mode", UnsupportedError,
+        'mode="mixed" needs a tensor .* and there is none; use mode="auto"', mode="mixed"),
     bad("a layer of a function of one sample", UnsupportedError,
         "of= and wrt= with a layer's name need batched=True", f=mlp, wrt="0", batched=False),
     bad("of with a function of one sample", UnsupportedError, "need batched=True",

@@ -34,7 +34,7 @@ def planned(f: Any, x: Tensor, rates: Rates, **options: Any) -> Choice | None:
     samples = slice(0, problem.samples)
     with pytest.MonkeyPatch.context() as patch, capture(problem, samples) as captured:
         every_route(patch)
-        patch.setattr(cost, "rates", lambda threads: rates)
+        patch.setattr(cost, "rates", lambda *_: rates)
         (job,) = jobs(problem, captured, samples, Kernels())
         return next(iter(job.choices.values()), None)
 

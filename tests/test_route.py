@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchjac import cost
-from batchjac.cost import Rates, Work
+from batchjac.cost import NOMINAL, Work
 from batchjac.cuts import between, covered, cuts, slots
 from batchjac.graph import Graph, Slot, edge_of, prune
 from batchjac.independence import prove
@@ -130,7 +130,7 @@ def test_cuts_are_what_every_path_passes(program: list[tuple[int, int]]) -> None
 
 # The dynamic programme.
 
-RATES = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 4e9, 1e-5)
+RATES = NOMINAL
 
 
 @st.composite

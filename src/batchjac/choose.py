@@ -79,12 +79,18 @@ def _pay_together(
     graph: Graph, targets: Mapping[Part, Slot], found: Mapping[Part, Choice], seeds: Seeds
 ) -> bool:
     """Whether routes of their own beat the one walk that serves all targets."""
-    n, rates = seeds.output[0], cost.rates(torch.get_num_threads())
-    one_walk = cost.seconds(cost.work(graph.steps, n), seeds.width, n, rates)
+    n = seeds.output[0]
+    work = cost.work(graph.steps, n)
+    rates = _rates(work)
+    one_walk = cost.seconds(work, seeds.width, n, rates)
     rest = one_walk if len(found) < len(targets) else 0.0
     written = sum(c.finish for c in found.values())
     total = rest + sum(c.route.seconds for c in found.values()) + written
     return MARGIN * total < one_walk + written
+
+
+def _rates(work: cost.Work) -> cost.Rates:
+    return cost.rates(torch.get_num_threads(), work.convolutions + work.thin > 0)
 
 
 def choose(
@@ -113,7 +119,7 @@ def choose(
             'what is differentiated by passes, and there is none; use mode="auto"'
         )
     chain, names = _chain(graph, found, places, seeds)
-    rates = cost.NOMINAL if short else cost.rates(torch.get_num_threads())
+    rates = cost.NOMINAL if short else _rates(work)
     route = cheapest(chain, rates, mode)
     if route is None:
         _refuse(mode, graph, found, chain)

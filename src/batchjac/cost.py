@@ -7,11 +7,13 @@ Nothing of the user's model runs here. Rates are measured once in a process, on 
 
 import functools
 import math
+import mmap
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from batchjac import kernels
 from batchjac.graph import Meta, Step
@@ -43,6 +45,7 @@ class Rates:
     batched: float  # of a product of two matrices for each sample
     convolution: float  # toward the output
     transposed: float  # toward the input
+    thin: float  # a convolution of few channels, either way
     cached: float  # bytes read and written, entry by entry, in memory that is used again
     fresh: float  # bytes written to new memory
     call: float
@@ -53,7 +56,8 @@ class Work:
     """What one row of one sample costs, and how many nodes are called for all of them."""
 
     products: float = 0.0
-    convolutions: float = 0.0
+    convolutions: float = 0.0  # multiply-adds at the rate of many channels
+    thin: float = 0.0  # and at that of few
     bytes: float = 0.0
     calls: int = 0
 
@@ -61,11 +65,13 @@ class Work:
         return Work(
             self.products + other.products,
             self.convolutions + other.convolutions,
+            self.thin + other.thin,
             self.bytes + other.bytes,
             self.calls + other.calls,
         )
 
 
+_FEW, _MANY = 4, 32  # channels
 _SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
 
 
@@ -79,6 +85,7 @@ def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False)
     return (
         times * work.products / products
         + times * work.convolutions / convolutions
+        + times * work.thin / rates.thin
         + times * work.bytes / rates.cached
         + chunks * work.calls * rates.call
     )
@@ -107,7 +114,8 @@ def work(steps: Iterable[Step], samples: int) -> Work:
         moved = 0
         if not VIEWS.fullmatch(step.name):
             moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in edges)
-        total += Work(_products(step) / samples, _convolutions(step) / samples, moved / samples, 1)
+        many, few = _convolutions(step)
+        total += Work(_products(step) / samples, many / samples, few / samples, moved / samples, 1)
     return total
 
 
@@ -138,58 +146,100 @@ def _products(step: Step) -> int:
     return total
 
 
-def _convolutions(step: Step) -> int:
-    """Multiply-adds for one row: every entry of one side meets the weights of its channel."""
+def _convolutions(step: Step) -> tuple[float, float]:
+    """Multiply-adds for one row, at the rates of many and of few channels.
+
+    Every entry of one side meets the weights of its channel. Between few and many the time for one
+    is taken to change with the logarithm of the smaller number of channels.
+    """
     if step.name not in _CONVOLUTIONS or not step.has("weight") or step.edges[0] is None:
-        return 0
-    weight = step.saved("weight").shape
+        return 0.0, 0.0
+    weight = [int(k) for k in step.saved("weight").shape]
     transposed = step.has("transposed") and step.saved("transposed")
     side = step.edges[0].shape if transposed else step.shape
-    return math.prod(side) * math.prod(int(k) for k in weight[1:])
+    total = math.prod(side) * math.prod(weight[1:])
+    groups = int(step.saved("groups")) if step.has("groups") else 1
+    channels = min(max(min(weight[0] // groups, weight[1]), _FEW), _MANY)
+    few = math.log(_MANY / channels) / math.log(_MANY / _FEW)
+    return (1 - few) * total, few * total
 
 
 # Orders of magnitude, to see what is too small for a plan without measuring anything.
-NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 4e9, 1e-5)
+NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 1e10, 4e9, 1e-5)
 
 
 @functools.cache
-def rates(threads: int) -> Rates:
-    """What this machine does with so many threads: each figure the best of a few runs, 0.1 s."""
+def rates(threads: int, convolutions: bool = True) -> Rates:
+    """What this machine does with so many threads, measured on small random tensors, 0.1 s.
+
+    Without ``convolutions`` theirs are not measured: each kind of kernel that torch has never run
+    takes some MiB of the process.
+    """
     assert threads == torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
     with torch.no_grad():
-        g, w = numbers(512, 512), numbers(512, 512)
-        s = numbers(64, 64)
-        a, b = numbers(8, 256, 32), numbers(8, 32, 256)
-        images, taps = numbers(8, 32, 28, 28), numbers(32, 32, 3, 3)
-        layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
-        x, factor = numbers(1 << 22), numbers(1 << 22)
-        macs = images.numel() * taps[0].numel()
-        call = _best(lambda: torch.mul(s[:2], s[:2]))
-        return Rates(
-            product=g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
-            small=s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
-            batched=a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
-            convolution=macs / _best(lambda: torch.conv2d(images, taps, padding=1)),
-            transposed=macs
-            / _best(lambda: kernels.convolution(images, taps, list(images.shape), layer)),
-            cached=3 * x.nbytes / _best(lambda: torch.mul(x, factor)),
-            fresh=(64 << 20) / _best(lambda: torch.ones(16 << 20), 2),
-            # a node is several operations and as much Python beside them
-            call=8 * call,
-        )
+        found = replace(NOMINAL, **_products_rates())
+        return replace(found, **_convolution_rates()) if convolutions else found
 
 
-def _best(run: Callable[[], object], times: int = 9) -> float:
-    """The shortest of a few runs: interference only lengthens one."""
+def _numbers(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def _products_rates() -> dict[str, float]:
+    g, w, s = _numbers(512, 512), _numbers(512, 512), _numbers(64, 64)
+    a, b = _numbers(8, 256, 32), _numbers(8, 32, 256)
+    x, y = _numbers(1 << 19), _numbers(1 << 19)
+    return {
+        "product": g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
+        "small": s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
+        "batched": a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
+        "cached": 3 * x.nbytes / _best(lambda: torch.mul(x, y)),
+        "fresh": _FRESH / _best(_touch),
+        # a node is several operations and as much Python beside them
+        "call": 8 * _best(lambda: torch.mul(s[:2], s[:2])),
+    }
+
+
+def _convolution_rates() -> dict[str, float]:
+    layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+
+    def rate(channels: int, size: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
+        images, taps = _numbers(4, channels, size, size), _numbers(channels, channels, 3, 3)
+        return images.numel() * taps[0].numel() / _best(lambda: kernel(images, taps))
+
+    def down(g: Tensor, w: Tensor) -> Tensor:
+        return kernels.posed(g, w, list(g.shape), layer)
+
+    def up(x: Tensor, w: Tensor) -> Tensor:
+        return torch.conv2d(x, w, padding=1)
+
+    return {
+        "convolution": rate(_MANY, 24, up),
+        "transposed": rate(_MANY, 24, down),
+        "thin": rate(_FEW, 32, down),
+    }
+
+
+_RUNS, _MOMENT = 15, 0.01  # seconds
+_FRESH = 4 << 20  # bytes; all that is measured must be small beside any budget
+
+
+def _touch() -> None:
+    """Write to pages that the process did not have before."""
+    with mmap.mmap(-1, _FRESH) as pages:
+        torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+
+
+def _best(run: Callable[[], object]) -> float:
+    """The shortest of a few runs, as many as fit into a moment: interference only lengthens one."""
     run()
-    least = math.inf
-    for _ in range(times):
+    least, until = math.inf, time.perf_counter() + _MOMENT
+    for _ in range(_RUNS):
         start = time.perf_counter()
         run()
-        least = min(least, time.perf_counter() - start)
+        now = time.perf_counter()
+        least = min(least, now - start)
+        if now > until:
+            break
     return max(least, 1e-9)
