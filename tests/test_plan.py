@@ -1,6 +1,7 @@
 """What a call says of itself: the plan, and one line that names the nodes without a rule."""
 
 import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import batchjac
+from batchjac import choose, cost
+from batchjac.cost import NOMINAL
 from batchjac.plan import Plan
+from tests.routes import every_route
 
 F64 = torch.float64
 
@@ -63,3 +67,51 @@ def test_a_plan_does_not_change() -> None:
         plan.rows = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
         plan.kernels["SinBackward0"] = "rows"  # type: ignore[index]
+
+
+def mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_directions_are_said_in_words(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every_route(monkeypatch)
+    monkeypatch.setattr(cost, "rates", lambda *_: NOMINAL)
+    monkeypatch.setattr(choose, "SHORT", -1.0)
+    plan, _ = told(caplog, mlp(2, 30, 400), torch.randn(40, 2))
+    lines = [line for line in plan.splitlines() if line.startswith("directions")]
+    assert "predicted" in lines[0]
+    assert "in plain reverse" in lines[0]
+    assert lines[1].endswith("passes: 0 rows of a stage down, 6 columns up, "
+                             "0 multiply-adds a sample in joins")  # fmt: skip
+    assert [line.split(maxsplit=1)[1] for line in lines[2:]] == [
+        f"{a} <- {b}  forward: 2 columns up, 400 rows otherwise  [{name}]"
+        for a, b, name in ((400, 30, "Addmm"), (30, 30, "Relu"), (30, 2, "Addmm"))
+    ]
+    assert "rules         AddmmBackward0, ReluBackward0" in plan
+
+
+def test_a_join_is_said_with_its_sizes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every_route(monkeypatch)
+    monkeypatch.setattr(cost, "rates", lambda *_: NOMINAL)
+    plan, _ = told(caplog, mlp(300, 100, 4, 100, 300), torch.randn(40, 300))
+    assert "directions    joined: 300 x 4 x 300" in plan
+    assert "its weight: one linear layer  [Addmm]" in plan
+
+
+def test_plain_reverse_is_said_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = told(caplog, nn.Tanh(), torch.randn(5, 3))
+    assert "directions    plain reverse" in plan.splitlines()  # too small to think of more
+    every_route(monkeypatch)
+    monkeypatch.setattr(cost, "rates", lambda *_: NOMINAL)
+    monkeypatch.setattr(choose, "MARGIN", 1.3)
+    plan, _ = told(caplog, mlp(300, 40, 4), torch.randn(40, 300))
+    assert "directions    plain reverse: predicted" in plan

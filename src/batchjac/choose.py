@@ -1,18 +1,21 @@
 """From a recorded graph to the route of each Jacobian: what the planner is told, and its answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import get_num_threads as threads
 
 from batchjac import cost, memory
 from batchjac.answer import Part
+from batchjac.cost import NOMINAL, Rates
 from batchjac.cuts import Places, between, covered, cuts, slots
 from batchjac.engines.forward import forward_ready
 from batchjac.engines.mixed import weight
 from batchjac.engines.sweep import per_sample_ready
 from batchjac.errors import UnsupportedError
 from batchjac.graph import Graph, Slot, Step, metas
+from batchjac.plan import Forecast
 from batchjac.route import Chain, Route, Stage, cheapest, stops
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds
@@ -27,26 +30,31 @@ MOST_STAGES = 16  # the programme is cubic; the narrowest cuts are kept
 
 
 @dataclass(frozen=True)
+class Target:
+    """What is differentiated by: its place in the graph, and whether all samples share it."""
+
+    slot: Slot
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Choice:
-    """The route to one target, what it was chosen from, and plain reverse beside it."""
+    """The route to one target and what it was chosen from; ``taken`` unless plain reverse is."""
 
     cuts: tuple[Slot, ...]
     places: Places | None  # of a target that all samples share
-    chain: Chain
-    route: Route
-    names: tuple[str, ...]  # of each stage's nodes
-    plain: float  # seconds
-    finish: float  # seconds to write the result, whichever way
+    forecast: Forecast
+    taken: bool
 
     @property
-    def key(self) -> int:
-        """The same for the same question, whichever graph it was recorded in."""
-        return hash((self.names, self.chain, self.route))
+    def route(self) -> Route:
+        """The route that was chosen."""
+        return self.forecast.route
 
     @property
-    def pays(self) -> bool:
-        """Whether it is clearly the faster one, as far as can be predicted."""
-        return MARGIN * (self.route.seconds + self.finish) < self.plain + self.finish
+    def chain(self) -> Chain:
+        """What it was chosen from."""
+        return self.forecast.chain
 
 
 _declined: set[int] = set()
@@ -55,87 +63,90 @@ _declined: set[int] = set()
 def decline(choice: Choice) -> None:
     """Remember that a rule on this route declined, so that it is not tried again."""
     if len(_declined) < MOST_DECLINED:
-        _declined.add(choice.key)
+        _declined.add(hash(choice.forecast))
 
 
 def choices(
-    graph: Graph, root: Slot, targets: Mapping[Part, Slot], places: Places, seeds: Seeds, mode: str
+    graph: Graph,
+    root: Slot,
+    targets: Mapping[Part, Target],
+    places: Places,
+    seeds: Seeds,
+    mode: str,
 ) -> dict[Part, Choice]:
-    """The targets that have a route of their own; the others are reached by one plain walk."""
-    if mode == "auto" and seeds.width <= FEW_ROWS:
+    """For each target that a route was looked for, the best one, and whether it is to be taken."""
+    n, width = seeds.output[0], seeds.width
+    if not width or (mode == "auto" and width <= FEW_ROWS):
         return {}
+    work = cost.work(graph.steps, n)
+    short = cost.seconds(work, width, n, cost.NOMINAL) < SHORT
+    if mode == "auto" and short:
+        return {}
+    rates = NOMINAL if short else cost.rates(threads(), work.convolutions + work.thin > 0)
     found = {}
     for part, target in targets.items():
-        alone = graph if len(targets) == 1 else between(graph, root, target)
-        choice = choose(alone, root, target, places, seeds, mode)
-        if choice is not None and (mode != "auto" or (choice.pays and choice.key not in _declined)):
+        alone = graph if len(targets) == 1 else between(graph, root, target.slot)
+        choice = _choose(alone, root, target, places, seeds, mode, rates)
+        if choice is not None:
             found[part] = choice
-    if mode == "auto" and found and len(targets) > 1:
-        return found if _pay_together(graph, targets, found, seeds) else {}
-    return found
-
-
-def _pay_together(
-    graph: Graph, targets: Mapping[Part, Slot], found: Mapping[Part, Choice], seeds: Seeds
-) -> bool:
-    """Whether routes of their own beat the one walk that serves all targets."""
-    n = seeds.output[0]
-    work = cost.work(graph.steps, n)
-    rates = _rates(work)
-    one_walk = cost.seconds(work, seeds.width, n, rates)
-    rest = one_walk if len(found) < len(targets) else 0.0
-    written = sum(c.finish for c in found.values())
-    total = rest + sum(c.route.seconds for c in found.values()) + written
-    return MARGIN * total < one_walk + written
-
-
-def _rates(work: cost.Work) -> cost.Rates:
-    return cost.rates(torch.get_num_threads(), work.convolutions + work.thin > 0)
-
-
-def choose(
-    graph: Graph, root: Slot, target: Slot, places: Places, seeds: Seeds, mode: str
-) -> Choice | None:
-    """The best route from ``root`` to ``target`` that ``mode`` allows; None for plain reverse."""
-    if mode == "auto" and seeds.width <= FEW_ROWS:
-        return None
-    n = seeds.output[0]
-    work = cost.work(graph.steps, n)
-    short = cost.seconds(work, seeds.width, n, cost.NOMINAL) < SHORT
-    if mode == "auto" and short:
-        return None
-    found = _narrowest(cuts(graph, root, target, places))
-    if len(found) < 2 or not seeds.width or not _entries(target, places.get(target) is SHARED):
-        return None
-    if mode == "forward":
-        missing = forward_ready(between(graph, root, target))
-        if missing is not None:
-            raise UnsupportedError(
-                f'mode="forward": node {missing} has no forward rule; use mode="auto"'
-            )
-    if mode == "mixed" and len(found) == 2:
+    if mode == "mixed" and targets and not found:
         raise UnsupportedError(
             'mode="mixed" needs a tensor inside the function through which every path to '
             'what is differentiated by passes, and there is none; use mode="auto"'
         )
-    chain, names = _chain(graph, found, places, seeds)
-    rates = cost.NOMINAL if short else _rates(work)
-    route = cheapest(chain, rates, mode)
+    taken = [c.forecast for c in found.values() if c.taken]
+    if mode == "auto" and taken and len(targets) > 1:
+        # one plain walk serves all other targets
+        walk = cost.seconds(work, width, n, rates)
+        rest = walk if len(taken) < len(targets) else 0.0
+        written = sum(f.finish for f in taken)
+        if MARGIN * (rest + sum(f.route.seconds for f in taken) + written) >= walk + written:
+            found = {part: replace(c, taken=False) for part, c in found.items()}
+    return found
+
+
+def _choose(
+    graph: Graph,
+    root: Slot,
+    target: Target,
+    places: Places,
+    seeds: Seeds,
+    mode: str,
+    rates: Rates,
+) -> Choice | None:
+    """The best route from ``root`` to ``target`` that ``mode`` allows; None where there is none."""
+    found = _narrowest(cuts(graph, root, target.slot, places))
+    if len(found) < 2 or not _entries(target.slot, target.shared):
+        return None
+    if mode == "forward":
+        missing = forward_ready(between(graph, root, target.slot))
+        if missing is not None:
+            raise UnsupportedError(
+                f'mode="forward": node {missing} has no forward rule; use mode="auto"'
+            )
+    chain, names = _chain(graph, found, target.shared, places, seeds)
+    route, plain = cheapest(chain, rates, mode), cheapest(chain, rates, "reverse")
     if route is None:
         _refuse(mode, graph, found, chain)
         return None
     # proved again by another way, since a path past a cut would be lost without a sound
-    assert all(covered(graph, root, found[k], target) for k in stops(route)), "a path past a cut"
-    shared = places.get(target) is SHARED
-    plain = cheapest(chain, rates, "reverse")
-    whole = cost.seconds(work, seeds.width, n, rates)
-    finish = n * seeds.width * chain.widths[-1] * chain.itemsize / rates.fresh
-    seconds = plain.seconds if plain is not None else n * whole  # every sample seeded by itself
-    return Choice(found, places if shared else None, chain, route, names, seconds, finish)
+    passed = all(covered(graph, root, found[k], target.slot) for k in stops(route))
+    assert passed, "a path past a cut"
+    n, width = seeds.output[0], seeds.width
+    # where samples cannot be kept apart, every one is seeded by itself
+    apart = n * cost.seconds(cost.work(graph.steps, n), width, n, rates)
+    forecast = Forecast(
+        chain, route, names,
+        plain=apart if plain is None else plain.seconds,
+        finish=n * width * chain.widths[-1] * chain.itemsize / rates.fresh,
+    )  # fmt: skip
+    gains = MARGIN * forecast.seconds < forecast.plain + forecast.finish
+    taken = mode != "auto" or (gains and hash(forecast) not in _declined)
+    return Choice(found, places if target.shared else None, forecast, taken)
 
 
 def _refuse(mode: str, graph: Graph, found: Sequence[Slot], chain: Chain) -> None:
-    """No route although there are cuts: neither rows nor columns go through some stage."""
+    """No route: neither rows nor columns go through some stage, as ``mode`` must be told."""
     if mode == "auto":
         return
     for k, stage in enumerate(chain.stages):
@@ -163,11 +174,10 @@ def _entries(slot: Slot, shared: bool = False) -> int:
 
 
 def _chain(
-    graph: Graph, found: tuple[Slot, ...], places: Places, seeds: Seeds
+    graph: Graph, found: tuple[Slot, ...], shared: bool, places: Places, seeds: Seeds
 ) -> tuple[Chain, tuple[str, ...]]:
     """The graph as the planner sees it, and the names of the nodes of each stage."""
-    n, shared = seeds.output[0], places.get(found[-1]) is SHARED
-    last = len(found) - 1
+    n, last = seeds.output[0], len(found) - 1
     widths = tuple(_entries(slot, shared and k == last) for k, slot in enumerate(found))
     stages, names = [], []
     for k, steps in enumerate(_staged(graph, found)):

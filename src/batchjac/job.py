@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from batchjac import memory
+from batchjac import choose, memory
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
@@ -128,15 +128,25 @@ class Job:
         return [g for g in self.goals if g.slot[0] not in self.graph.reaches]
 
     @cached_property
-    def choices(self) -> dict[Part, Choice]:
-        """The goals that are not best left to the plain walk, and the route to each."""
+    def considered(self) -> dict[Part, Choice]:
+        """The goals that a route of their own was looked for, and what was found."""
         coupled = self.problem.coupling in ("sum", "full")
         if self.root is None or coupled or self.problem.mode == "reverse":
             return {}
-        slots = {g.part: g.slot for g in self.goals if g not in self.unreached()}
+        gone = self.unreached()
+        targets = {
+            g.part: choose.Target(g.slot, not g.target.per_sample)
+            for g in self.goals
+            if g not in gone
+        }
         return choices(
-            self.graph, self.root, slots, self.proof.places, self.seeds, self.problem.mode
+            self.graph, self.root, targets, self.proof.places, self.seeds, self.problem.mode
         )
+
+    @cached_property
+    def choices(self) -> dict[Part, Choice]:
+        """The goals that are not left to the plain walk, and the route to each."""
+        return {part: choice for part, choice in self.considered.items() if choice.taken}
 
     @property
     def plain(self) -> tuple[Goal, ...]:

@@ -1,8 +1,85 @@
 """How a question is computed, in a form to print: chunks, engine, proof, kernel of each node."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from batchjac.route import Chain, Down, Forward, Join, Reverse, Route, Up, Weight, passes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The route to one target, and what it was predicted to take beside plain reverse.
+
+    ``names`` are the nodes of each stage. ``finish`` is the time to write the result, which is the
+    same whichever way it is computed.
+    """
+
+    chain: Chain
+    route: Route
+    names: tuple[str, ...]
+    plain: float = field(compare=False)  # seconds, without what is below
+    finish: float = field(compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of the route, the result written."""
+        return self.route.seconds + self.finish
+
+    def lines(self, taken: bool) -> list[str]:
+        """The route in words: each stage with its direction and why, and the cost of it all."""
+        plain = f"{_time(self.plain + self.finish)} in plain reverse"
+        if not taken:
+            if isinstance(self.route, Reverse):
+                return [f"plain reverse: predicted {_time(self.seconds)}, and nothing is faster"]
+            best = f"{_time(self.seconds)} by the best other way"
+            return [f"plain reverse: predicted {_time(self.plain + self.finish)}, {best}"]
+        done = passes(self.route, self.chain)
+        said = [f"predicted {_time(self.seconds)}, {plain}"]
+        said.append(
+            f"passes: {done.rows} rows of a stage down, {done.columns} columns up, "
+            f"{done.multiply_adds} multiply-adds a sample in joins"
+        )
+        widths = self.chain.widths
+        for k, (stage, why) in enumerate(sorted(self._stages(self.route))):
+            assert k == stage
+            said.append(f"{widths[k]} <- {widths[k + 1]}  {why}  [{self.names[k]}]")
+        for node in self.route:
+            if isinstance(node, Join):
+                sizes = (
+                    self.chain.height(node.upper),
+                    widths[node.above.lower],
+                    widths[node.lower],
+                )
+                said.append("joined: {} x {} x {}".format(*sizes))
+        return said
+
+    def _stages(self, route: Route) -> Iterator[tuple[int, str]]:
+        """Each stage below a route's upper cut, and what is done there."""
+        for part in route.parts:
+            yield from self._stages(part)
+        rows, columns = self.chain.height(route.upper), self.chain.widths[route.lower]
+        down = f"reverse: {rows} rows down"
+        up = f"forward: {columns} columns up"
+        match route:
+            case Weight():
+                yield route.upper, "its weight: one linear layer"
+            case Reverse():
+                why = f"{down}, {columns} columns otherwise"
+                yield from ((k, why) for k in range(route.upper, route.lower))
+            case Forward():
+                why = f"{up}, {rows} rows otherwise"
+                yield from ((k, why) for k in range(route.upper, route.lower))
+            case Down():
+                why = f"{down}, which come from above"
+                yield from ((k, why) for k in range(route.above.lower, route.lower))
+            case Up():
+                why = f"{up}, which come from below"
+                yield from ((k, why) for k in range(route.upper, route.below.upper))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 @dataclass(frozen=True)
@@ -11,7 +88,8 @@ class Plan:
 
     ``samples`` of one forward and ``rows`` of one walk, of ``batch`` and ``width`` in all;
     ``engine`` is ``"walk"`` or ``"rows"``; ``independence`` says how samples were seen to be apart;
-    ``kernels`` maps each kind of node to ``"rule"``, ``"vmap"`` or ``"rows"``.
+    ``kernels`` maps each kind of node to ``"rule"``, ``"vmap"`` or ``"rows"``. ``directions`` says
+    in words how each Jacobian is reached, where more than plain reverse was thought of.
     """
 
     samples: int
@@ -21,6 +99,7 @@ class Plan:
     engine: str
     independence: str
     kernels: Mapping[str, str]
+    directions: tuple[str, ...] = ("plain reverse",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
@@ -36,6 +115,7 @@ class Plan:
             f"rows          {self.rows} of {self.width} in one walk",
             f"engine        {self.engine}",
             f"independence  {self.independence}",
+            *(f"directions    {line}" for line in self.directions),
             f"rules         {', '.join(sorted(set(self.kernels) - set(self.slow))) or 'none'}",
         ]
         lines += [f"without rule  {name}: {way}" for name, way in sorted(self.slow.items())]

@@ -27,7 +27,7 @@ from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs, need, shared, units
 from batchjac.locate import coupled
 from batchjac.memory import Chunk
-from batchjac.plan import Plan
+from batchjac.plan import Forecast, Plan
 from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.solution import Solution, detached
@@ -101,6 +101,7 @@ class _Run:
     independence: str = "not asked"
     rows: int = 0  # of the last walk
     need: memory.Need | None = None  # of the present capture
+    forecasts: list[tuple[Forecast, bool]] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -173,6 +174,7 @@ class _Run:
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
         self.rows, self.need = 0, None
+        self.forecasts = [(c.forecast, c.taken) for job in work for c in job.considered.values()]
         here = self.chunk
         first = not self.sinks
         if first:
@@ -372,6 +374,8 @@ class _Run:
             samples=min(self.chunk.samples, n), batch=n, rows=min(self.rows, width), width=width,
             engine="rows" if self.by_engine else "walk", independence=self.independence,
             kernels=self.kernels.ways,
+            directions=tuple(line for f, taken in self.forecasts for line in f.lines(taken))
+            or ("plain reverse",),
         )  # fmt: skip
 
 

@@ -78,9 +78,10 @@ class Way:
         """The steps from one cut to another."""
         return between(self.graph, self.cuts[upper], self.cuts[lower])
 
-    def units(self, route: Route) -> int:
-        """How many rows or columns of this step are computed at a time."""
-        return 1 << 62 if self.create_graph else max(1, self.room // live(route, self.chain))
+    def units(self, route: Route, total: int) -> int:
+        """How many of this step's rows or columns are computed at a time, in equal parts."""
+        most = total if self.create_graph else max(1, self.room // live(route, self.chain))
+        return math.ceil(total / max(1, math.ceil(total / most)))
 
     def shared(self, cut: int) -> bool:
         """Whether this is the target, and one for all samples."""
@@ -128,7 +129,7 @@ class Way:
         meta, n = self.meta(route.upper), math.prod(self.entries(route.upper))
         rows = self.seeds.width if route.upper == 0 else n
         graph = self.between(route.upper, route.lower)
-        units = min(rows, self.units(route))
+        units = self.units(route, rows)
         for start in range(0, rows, units):
             if route.upper == 0:
                 block = self.seeds.block(start, start + units)
@@ -140,7 +141,7 @@ class Way:
     def _down(self, route: Down, above: Tensor) -> Iterator[Piece]:
         shape = self.meta(route.above.lower).shape
         graph = self.between(route.above.lower, route.lower)
-        units = min(above.shape[1], self.units(route))
+        units = self.units(route, above.shape[1])
         for start in range(0, above.shape[1], units):
             rows = above[:, start : start + units].transpose(0, 1)
             block = Block(rows.reshape(*rows.shape[:2], *shape[1:]), shape)
@@ -165,7 +166,7 @@ class Way:
         lead = () if self.shared(route.lower) else (1,)
         graph = self.between(route.upper, route.lower)
         columns = math.prod(size)
-        units = min(columns, self.units(route))
+        units = self.units(route, columns)
         for start in range(0, columns, units):
             data = _eye(start, min(columns, start + units), columns, meta)
             block = Block(data.reshape(-1, *lead, *size), meta.shape)
@@ -174,7 +175,7 @@ class Way:
     def _up(self, route: Up, below: Tensor) -> Iterator[Piece]:
         meta = self.meta(route.below.upper)
         graph = self.between(route.upper, route.below.upper)
-        units = min(below.shape[2], self.units(route))
+        units = self.units(route, below.shape[2])
         for start in range(0, below.shape[2], units):
             columns = below[:, :, start : start + units].permute(2, 0, 1).to(meta.dtype)
             block = Block(columns.reshape(*columns.shape[:2], *meta.shape[1:]), meta.shape)
@@ -184,6 +185,9 @@ class Way:
         """Columns of the lower cut at the upper one, as ``[N, rows, columns]``."""
         root = self.cuts[upper]
         found = tangents(graph, {self.cuts[lower]: block}, root, self.create_graph)
+        for step in graph.steps:
+            if any(step.edges):
+                self.kernels.took(step.name, "rule")
         size = self.entries(upper)
         if found is None:
             found = Block(block.data.new_zeros(block.rows, *(1,) * (1 + len(size))),
@@ -209,7 +213,7 @@ class Way:
             raise NoRoute("the Jacobians on the way are not finite")
         if len(above) == 1 and not below.permute(2, 0, 1).is_contiguous():
             below = below.transpose(0, 1).contiguous().transpose(0, 1)  # once for all chunks
-        units = min(above.shape[1], self.units(route))
+        units = self.units(route, above.shape[1])
         for start in range(0, above.shape[1], units):
             yield Piece(start, 0, product(above[:, start : start + units], below))
 
