@@ -17,11 +17,13 @@ from tests.routes import every_route
 F64 = torch.float64
 
 
-def told(caplog: pytest.LogCaptureFixture, f: object, x: Tensor) -> tuple[str, list[str]]:
+def told(
+    caplog: pytest.LogCaptureFixture, f: object, x: Tensor, mode: str = "auto"
+) -> tuple[str, list[str]]:
     """The plan as logged, and the lines about nodes without a rule."""
     caplog.clear()
     with caplog.at_level(logging.DEBUG, logger="batchjac"):
-        batchjac.jacobian(f, x)  # type: ignore[arg-type]
+        batchjac.jacobian(f, x, mode=mode)  # type: ignore[arg-type]
     plans = [m for m in caplog.messages if m.startswith("plan\n")]
     assert len(plans) == 1
     return plans[0], [m for m in caplog.messages if m.startswith("nodes without a rule")]
@@ -76,13 +78,8 @@ def mlp(*widths: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def test_directions_are_said_in_words(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every_route(monkeypatch)
-    monkeypatch.setattr(cost, "rates", lambda *_: NOMINAL)
-    monkeypatch.setattr(choose, "SHORT", -1.0)
-    plan, _ = told(caplog, mlp(2, 30, 400), torch.randn(40, 2))
+def test_directions_are_said_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    plan, _ = told(caplog, mlp(2, 30, 400), torch.randn(40, 2), "forward")
     lines = [line for line in plan.splitlines() if line.startswith("directions")]
     assert "predicted" in lines[0]
     assert "in plain reverse" in lines[0]

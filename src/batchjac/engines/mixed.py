@@ -121,7 +121,9 @@ class Way:
 
     def _weight(self, route: Weight) -> Tensor:
         """A linear layer's own matrix, or the rows of it that are asked for."""
-        w = weight(self.between(route.upper, route.lower).steps[0])
+        step = self.between(route.upper, route.lower).steps[0]
+        self.kernels.took(step.name, "rule")
+        w = weight(step)
         assert w is not None, "the planner took a node for a linear layer"
         return self._selected(w.t().unsqueeze(0)) if route.upper == 0 else w.t().unsqueeze(0)
 
