@@ -19,6 +19,7 @@ ORDER = (
     "tree",
     "state",
     "plain",
+    "pooling",
     "problem",
     "graph",
     "capture",

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
 from batchjac.plain import plainly
+from batchjac.pooling import quick_pooling
 from batchjac.problem import Problem, check_boundary, differentiable, layer
 from batchjac.state import normal
 from batchjac.tree import Tree, flatten
@@ -108,7 +109,7 @@ def _capture(
         inputs = _targets(problem.tree, leaves, edges)
         attempt.enter_context(_hooks(problem, seen))
         # its own mode: a function may leave gradients switched off
-        with torch.enable_grad(), _noticed(seen):
+        with torch.enable_grad(), _noticed(seen), quick_pooling():
             result = problem.call(leaves)
         stack.push(attempt.pop_all())
     if problem.of is not None:

@@ -98,6 +98,7 @@ class _Run:
     result: int = 0  # bytes, unless the caller brought the memory
     heap: memory.Heap = field(default_factory=memory.Heap)
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
+    ran: bool = False  # the function was called, which may have changed its module
     checked: bool = False  # a chunk of at least two samples was looked at
     independence: str = "not asked"
     rows: int = 0  # of the last walk
@@ -157,7 +158,9 @@ class _Run:
 
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
-        self.restore()
+        if self.ran:
+            self.restore()
+        self.ran = True
         with capture(self.problem, samples) as captured:
             return self._captured(samples, captured)
 

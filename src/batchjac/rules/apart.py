@@ -39,7 +39,7 @@ def each_sample(block: Block, at: SampleAxis, shape: Sequence[int]) -> Block:
     return Block(rows, summed.shape)
 
 
-def entrywise(*names: str) -> Callable[[Reverse], Reverse]:
+def entrywise(*names: str, fresh: bool = False) -> Callable[[Reverse], Reverse]:
     """Register a rule of nodes whose edges were broadcast to their output, entry by entry.
 
     It gives for each edge a block of the output's shape, from which each sample's sum follows.
@@ -55,6 +55,6 @@ def entrywise(*names: str) -> Callable[[Reverse], Reverse]:
                 for b, e in zip(found, step.edges, strict=True)
             ]
 
-        return rule(*names, samples=elementwise, per_sample=per_sample)(reverse)
+        return rule(*names, samples=elementwise, per_sample=per_sample, fresh=fresh)(reverse)
 
     return register

@@ -49,7 +49,7 @@ def _select_into(step: Step, blocks: Blocks, before: Block) -> bool:
     return fits
 
 
-@rule("SelectBackward0", samples=_select_samples, into=_select_into)
+@rule("SelectBackward0", samples=_select_samples, into=_select_into, fresh=True)
 def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
     (g,) = blocks

@@ -50,7 +50,7 @@ def _always(step: Step) -> bool:
 
 
 def _maximum(dims: int, add: Callable[[Step], bool], *names: str) -> None:
-    @rule(*names, samples=but_last(dims))
+    @rule(*names, samples=but_last(dims), fresh=True)
     def pool(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[n,c,p] = x[n, c, i(n,c,p)]``: ``g[v,n,c,p]`` at ``i``, zero elsewhere."""
         (g,) = blocks

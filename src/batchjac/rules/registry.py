@@ -34,7 +34,10 @@ class Rule:
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
 
     ``into(step, blocks, before)`` adds the gradient of the only edge to the rows ``before`` in
-    place and says whether it could. What ``reverse`` returns must then be new memory.
+    place and says whether it could.
+
+    ``fresh`` claims that a block for a single edge is new memory, or a block that came in: no view
+    of one, nor of what the forward saved. Later nodes may then write into it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Rule:
     samples: Samples | None = None
     per_sample: PerSample | None = None
     into: Into | None = None
+    fresh: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -52,6 +56,7 @@ def rule(
     samples: Samples | None = None,
     per_sample: PerSample | None = None,
     into: Into | None = None,
+    fresh: bool = False,
 ) -> Callable[[Reverse], Reverse]:
     """Register a function as the reverse rule of these nodes."""
 
@@ -59,7 +64,7 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(name, reverse, samples, per_sample, into)
+            _RULES[name] = Rule(name, reverse, samples, per_sample, into, fresh)
         return reverse
 
     return register
