@@ -1,4 +1,4 @@
-"""A block: all rows of cotangents that belong to one tensor of the graph, and its sample axis.
+"""A block: all rows of cotangents, or of tangents, that belong to one tensor of the graph.
 
 Rows come first, ``[V, *shape]``. Any axis after the first may have size 1 where the tensor has
 more: the rows are then the same all along it. Broadcasting carries that through products, so a
@@ -88,6 +88,15 @@ class Block:
         if copies != 1:
             data = data * copies
         return Block(data.reshape(self.rows, *data.shape[1 + lead :]), shape)
+
+    def broadcast_to(self, shape: Sequence[int]) -> "Block":
+        """The rows of a tensor that is broadcast to ``shape``: what is repeated has size 1."""
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        lead = len(shape) - len(self.shape)
+        sizes = (self.rows, *(1,) * lead, *self.data.shape[1:])
+        return Block(self.data.reshape(sizes), shape)
 
     def plus(self, other: "Block") -> "Block":
         """The sum of two blocks of one tensor; in place where the rows may be overwritten."""

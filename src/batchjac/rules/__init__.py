@@ -8,6 +8,7 @@ from batchjac.rules import index as index
 from batchjac.rules import linear as linear
 from batchjac.rules import norm as norm
 from batchjac.rules import parts as parts
+from batchjac.rules import parts_forward as parts_forward
 from batchjac.rules import pointwise as pointwise
 from batchjac.rules import pool as pool
 from batchjac.rules import reduce as reduce

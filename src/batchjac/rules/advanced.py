@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, forward, rule, single
 from batchjac.rules.zeros import onto
 from batchjac.samples import Place, SampleAxis, moved
 
@@ -102,6 +102,15 @@ def index(step: Step, blocks: Blocks) -> Any:
     return [Block(data, edge.shape)]
 
 
+@single("IndexBackward0")
+def index_forward(step: Step, t: Block) -> Block:
+    """``t[v, i_k, j_k, ...]``."""
+    layout = _layout(step.saved("indices"), len(t.shape))
+    data = t.spread(*(d for d, i in enumerate(layout.indices) if i is not None))
+    found = torch.ops.aten.index(data, (None, *layout.indices))
+    return Block(_rows_first(found, layout), step.shape)
+
+
 def _put_samples(step: Step, at: SampleAxis) -> list[Place]:
     """Axes without an index keep samples apart in x; what was written there follows them."""
     layout = _layout(step.saved("indices"), len(step.shape))
@@ -143,3 +152,27 @@ def index_put(step: Step, blocks: Blocks) -> Any:
             shape[k] = g.shape[dim]
         found[1] = Block(values, tuple(shape)).sum_to(written.shape)
     return found
+
+
+@forward("IndexPutBackward0", "IndexPutImplBackward0")
+def index_put_forward(step: Step, blocks: Blocks) -> list[Block | None]:
+    """``t_x[v]``, at ``(i_k, j_k, ...)`` replaced by or added to ``t_z[v,k]``.
+
+    Autograd lets everything that was written to one place count there; so the sum of it.
+    """
+    x, written = blocks[0], blocks[1] if len(blocks) > 1 else None
+    some = x or written
+    assert some is not None
+    layout = _layout(step.saved("indices"), len(step.shape))
+    base = some.data.new_zeros(some.rows, *step.shape) if x is None else x.full()
+    indices = (None, *layout.indices)
+    if x is not None and not step.saved("accumulate"):
+        base = torch.ops.aten.index_put(base, indices, base.new_zeros(()))
+    if written is not None:
+        shape = [0] * (len(layout.rest) + len(layout.shape))
+        shape[layout.first : layout.first + len(layout.shape)] = layout.shape
+        for dim, k in zip(layout.rest, layout.places, strict=True):
+            shape[k] = step.shape[dim]
+        values = _rows_last(written.broadcast_to(shape).full(), layout)
+        base = torch.ops.aten.index_put(base, indices, values, True)
+    return [Block(base, step.shape)]

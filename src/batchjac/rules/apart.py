@@ -5,13 +5,14 @@ axis joins the rows, ``[V, ..., N, ...]`` to ``[V*N, ..., 1, ...]``, before anyt
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, Reverse, elementwise, rule
+from batchjac.rules.registry import Blocks, Forward, Reverse, elementwise, first, forward, rule
 from batchjac.samples import SampleAxis
 
 
@@ -40,9 +41,10 @@ def each_sample(block: Block, at: SampleAxis, shape: Sequence[int]) -> Block:
 
 
 def entrywise(*names: str, fresh: bool = False) -> Callable[[Reverse], Reverse]:
-    """Register a rule of nodes whose edges were broadcast to their output, entry by entry.
+    """Register the rules of nodes whose edges were broadcast to their output, entry by entry.
 
-    It gives for each edge a block of the output's shape, from which each sample's sum follows.
+    It gives for each edge a block of the output's shape, from which each sample's sum follows, and
+    the forward rule too.
     """
 
     def register(reverse: Reverse) -> Reverse:
@@ -55,6 +57,32 @@ def entrywise(*names: str, fresh: bool = False) -> Callable[[Reverse], Reverse]:
                 for b, e in zip(found, step.edges, strict=True)
             ]
 
+        forward(*names)(diagonal(reverse))
         return rule(*names, samples=elementwise, per_sample=per_sample, fresh=fresh)(reverse)
 
     return register
+
+
+def diagonal(reverse: Reverse) -> Forward:
+    """The forward rule of a node that acts entry by entry: a diagonal is its own transpose."""
+
+    def push(step: Step, blocks: Blocks) -> Any:
+        """``sum_k t_k[v n] f_k'(x)[n]``, each argument ``k`` broadcast to the output."""
+        total: Block | None = None
+        for k, tangent in enumerate(blocks):
+            if tangent is None:
+                continue
+            if len(tangent.shape) > len(step.shape):  # a loss that was reduced to a number
+                return NotImplemented
+            edges = tuple(e if j == k else None for j, e in enumerate(step.edges))
+            rows = first(step, tangent.broadcast_to(step.shape))
+            found = reverse(replace(step, edges=edges), rows)
+            if found is NotImplemented:
+                return NotImplemented
+            part = found[k]
+            if part is not None:
+                part = part.with_data(part.data.to(step.outputs[0].device))
+                total = part if total is None else total.plus(part)
+        return first(step, total)
+
+    return push

@@ -8,6 +8,12 @@ For one head, with ``l`` queries, ``s`` keys and ``e``, ``d`` features::
     dS[l,s] = P[l,s] (sum_d g[l,d] v[s,d] - sum_d g[l,d] y[l,d])
     dq[l,e] = c sum_s dS[l,s] k[s,e]        dk[s,e] = c sum_l dS[l,s] q[l,e]
 
+and for tangents ``tq``, ``tk``, ``tv``, ``tm`` of the four::
+
+    tS[l,s] = c sum_e (tq[l,e] k[s,e] + q[l,e] tk[s,e]) + tm[l,s]
+    tP[l,s] = P[l,s] (tS[l,s] - sum_s P[l,s] tS[l,s])
+    ty[l,d] = sum_s (tP[l,s] v[s,d] + P[l,s] tv[s,d])
+
 ``P`` and ``y`` have no rows. They are computed again from what the node saved, so the result can be
 differentiated any number of times; the node itself only once. With the rows beside the queries or
 the features, ``g[l,v,d]`` and ``dS[l,v,s]``, each line is one matrix product for each head, which
@@ -26,7 +32,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, first, forward, rule
 from batchjac.samples import Place, SampleAxis
 
 # Bytes of dS for one group of rows: on a CPU they should stay in the cache. Measured on torch 2.13
@@ -43,13 +49,15 @@ def _samples(step: Step, at: SampleAxis) -> list[Place]:
     ]
 
 
-@rule(
+NODES = (
     "ScaledDotProductFlashAttentionForCpuBackward0",
     "ScaledDotProductFlashAttentionBackward0",
     "ScaledDotProductEfficientAttentionBackward0",
     "ScaledDotProductCudnnAttentionBackward0",
-    samples=_samples,
 )
+
+
+@rule(*NODES, samples=_samples)
 def attention(step: Step, blocks: Blocks) -> Any:
     """The four products above for each row; a fourth edge, if any, is the mask: ``dS``."""
     g = blocks[0]
@@ -136,11 +144,14 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def _groups(step: Step, g: Block) -> Iterator[Tensor]:
     """The rows a few at a time; all at once where the result is recorded."""
-    query, key = step.saved("query"), step.saved("key")
-    size = math.prod(query.shape[:-1]) * key.shape[-2] * max(4, query.element_size())
-    at_once = max(1, GROUP.get(query.device.type, GROUP["cuda"]) // max(1, size))
-    for rows in g.full().split(g.rows if torch.is_grad_enabled() else at_once):
+    for rows in g.full().split(g.rows if torch.is_grad_enabled() else _at_once(step)):
         yield _wide(rows)
+
+
+def _at_once(step: Step) -> int:
+    query, key = step.saved("query"), step.saved("key")
+    size = int(math.prod(query.shape[:-1]) * key.shape[-2] * max(4, query.element_size()))
+    return max(1, GROUP.get(query.device.type, GROUP["cuda"]) // max(1, size))
 
 
 def _products(step: Step, s: _Shared, g: Tensor) -> list[Tensor | None]:
@@ -169,3 +180,48 @@ def _change(s: _Shared, g: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return s.weights * (change - mean)
     return change.sub_(mean).mul_(s.weights)
+
+
+@forward(*NODES)
+def attention_forward(step: Step, blocks: Blocks) -> Any:
+    """``ty`` of the equations above for each row."""
+    if not _covered(step):
+        return NotImplemented
+    shared = _shared(step)
+    lead = (*step.saved("query").shape[:-1], step.saved("key").shape[-2])
+    whole = [
+        None if b is None else (b if k < 3 else b.broadcast_to(lead)).full()
+        for k, b in enumerate(blocks)
+    ]
+    rows = next(b.rows for b in blocks if b is not None)
+    size = rows if torch.is_grad_enabled() else _at_once(step)
+    found = [
+        _tangent(shared, [None if t is None else _wide(t[v : v + size]) for t in whole])
+        for v in range(0, rows, size)
+    ]
+    data = (found[0] if len(found) == 1 else torch.cat(found, 2)).unflatten(0, lead[:2])
+    return first(step, Block(data.permute(3, 0, 1, 2, 4), step.shape))
+
+
+def _tangent(s: _Shared, tangents: list[Tensor | None]) -> Tensor:
+    """``ty[b,l,v,d]`` for a group of rows, with ``b`` all samples and heads."""
+    tq, tk, tv, mask = (
+        None if t is None else t.permute(1, 2, 3, 0, 4).flatten(0, 1)  # b l v e
+        for t in (*tangents, *[None] * (4 - len(tangents)))
+    )
+    scores = [] if mask is None else [mask]
+    if tq is not None:
+        scores.append(torch.bmm(tq.flatten(1, 2), s.k.mT).unflatten(1, tq.shape[1:3]))
+    if tk is not None:
+        products = torch.bmm(s.q, tk.flatten(1, 2).mT)  # b l (s v)
+        scores.append(products.unflatten(2, tk.shape[1:3]).transpose(2, 3))
+    found: Tensor | None = None
+    if scores:
+        change = s.weights * sum(scores[1:], scores[0])  # b l v s
+        change = change - s.weights * change.sum(-1, keepdim=True)
+        found = torch.bmm(change.flatten(1, 2), s.v).unflatten(1, change.shape[1:3])
+    if tv is not None:
+        part = torch.bmm(s.transposed.mT, tv.flatten(2)).unflatten(2, tv.shape[2:])
+        found = part if found is None else found + part
+    assert found is not None
+    return found

@@ -18,7 +18,7 @@ from batchjac.block import Block
 from batchjac.graph import Edge, Step
 from batchjac.kernels import Convolution
 from batchjac.rules.apart import each_sample, split
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
 
 
@@ -155,3 +155,56 @@ def _windows(step: Step, data: Tensor, count: Sequence[int]) -> Tensor:
         data = data.unfold(first + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
         data = data.narrow(first + axis, 0, count[axis])
     return data
+
+
+@forward("ConvolutionBackward0", "ConvolutionBackward1")
+def convolution_forward(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``t_x * w + x * t_w + t_b``: the convolution is linear in each."""
+    x, weight, bias = blocks
+    parts = [
+        None if x is None else _from_input(step, x),
+        None if weight is None else _from_weight(step, weight),
+        None if bias is None else _from_bias(step, bias),
+    ]
+    total: Block | None = None
+    for part in parts:
+        if part is not None:
+            total = part if total is None else total.plus(part)
+    return [total]
+
+
+def _from_input(step: Step, t: Block) -> Block:
+    """``sum_{c,k} t[v, n, c, p s + k d - pad] w[o,c,k]``, rows and images as one batch.
+
+    What a batch shares is pushed once; an axis that the kernel does not move along keeps size 1.
+    """
+    kept = [d for d in range(2, len(t.shape)) if t.data.shape[d + 1] == 1 and _still(step, d - 2)]
+    data = t.spread(*(d for d in range(1, len(t.shape)) if d not in kept))
+    found = _convolved(step, data.flatten(0, 1), step.saved("weight"))
+    return Block(found.unflatten(0, data.shape[:2]), step.shape)
+
+
+def _convolved(step: Step, x: Tensor, w: Tensor) -> Tensor:
+    layer = _layer(step)
+    return torch.convolution(
+        x, w, None, layer.stride, layer.padding, layer.dilation, layer.transposed,
+        layer.output_padding, layer.groups,
+    )  # fmt: skip
+
+
+def _from_weight(step: Step, t: Block) -> Block:
+    """``sum_{c,k} x[n, c, p s + k d - pad] t[v,o,c,k]``: the rows as so many output channels."""
+    groups = step.saved("groups")
+    data = t.full()
+    if step.saved("transposed"):  # [c, o, k], with o of one group
+        wide = data.transpose(0, 1).flatten(1, 2)
+    else:  # [(group o), c, k]
+        wide = data.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+    found = _convolved(step, step.saved("input"), wide)
+    apart = found.unflatten(1, (groups, t.rows, -1))  # n group v o p
+    return Block(apart.movedim(2, 0).flatten(2, 3), step.shape)
+
+
+def _from_bias(step: Step, t: Block) -> Block:
+    """``t[v,o]`` at every place of every image."""
+    return t.reshape((*t.shape, *(1 for _ in step.shape[2:]))).broadcast_to(step.shape)

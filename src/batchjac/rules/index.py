@@ -15,7 +15,7 @@ from batchjac.block import Block
 from batchjac.graph import Edge, Step
 from batchjac.rules.apart import split
 from batchjac.rules.pool import put
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, forward, rule, single
 from batchjac.rules.zeros import onto
 from batchjac.samples import SHARED, Place, SampleAxis, moved
 
@@ -49,6 +49,16 @@ def index_select(step: Step, blocks: Blocks) -> Any:
     return [Block(added(g.spread(dim), dim + 1, edge.shape[dim], index), edge.shape)]
 
 
+@single("IndexSelectBackward0")
+def index_select_forward(step: Step, t: Block) -> Any:
+    """``t[v, i_k]``."""
+    if not t.shape:
+        return NotImplemented
+    dim = step.saved("dim") % len(t.shape) + 1
+    index = step.saved("index").reshape(-1)
+    return Block(t.data if t.data.shape[dim] == 1 else t.data.index_select(dim, index), step.shape)
+
+
 @rule("GatherBackward0", samples=_across)
 def gather(step: Step, blocks: Blocks) -> Any:
     """``y[..., k, ...] = x[..., i(..., k, ...), ...]``: ``g[v]`` added at ``i``."""
@@ -76,6 +86,28 @@ def sort(step: Step, blocks: Blocks) -> Any:
     dim = step.saved("dim") % len(edge.shape)
     data = put(g.full(), dim + 1, edge.shape[dim], step.saved("indices"), add=False)
     return [Block(data, edge.shape)]
+
+
+def _gathered(step: Step, t: Block, index: Tensor) -> Any:
+    """``t[v]`` at the index along the node's axis."""
+    if not t.shape:
+        return NotImplemented
+    rows = t.full().gather(step.saved("dim") % len(t.shape) + 1, index.expand(t.rows, *index.shape))
+    return Block(rows, step.shape)
+
+
+@single("GatherBackward0")
+def gather_forward(step: Step, t: Block) -> Any:
+    """``t[v, ..., i(..., k, ...), ...]``."""
+    if step.saved("sparse_grad"):
+        return NotImplemented
+    return _gathered(step, t, step.saved("index"))
+
+
+@single("SortBackward0", "SortBackward1", "TopkBackward0")
+def sort_forward(step: Step, t: Block) -> Any:
+    """``t[v, ..., i(..., k, ...), ...]``."""
+    return _gathered(step, t, step.saved("indices"))
 
 
 def _source(step: Step, g: Block) -> Tensor:
@@ -108,6 +140,32 @@ def scatter(step: Step, blocks: Blocks) -> Any:
     return found
 
 
+def _pair(step: Step, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+    """Tangents of what was written into, zero where there are none, and of what was written.
+
+    Autograd lets everything that was written to one place count there; so the sum of it.
+    """
+    x, source = blocks[0], blocks[1] if len(blocks) > 1 else None
+    some = x or source
+    assert some is not None
+    base = some.data.new_zeros(some.rows, *step.shape) if x is None else x.full()
+    return base, None if source is None else source.full()
+
+
+@forward("ScatterBackward0", "ScatterBackward1", "ScatterAddBackward0")
+def scatter_forward(step: Step, blocks: Blocks) -> Any:
+    """``t_x[v]``, at ``i`` replaced by or added to ``t_z[v]``."""
+    index, written = step.saved("index"), step.wanted(1)
+    if not step.shape or (written is not None and written.shape != tuple(index.shape)):
+        return NotImplemented
+    base, source = _pair(step, blocks)
+    dim = step.saved("dim") % len(step.shape) + 1
+    where = index.expand(base.shape[0], *index.shape)
+    if not step.name.startswith("ScatterAdd"):
+        base = base.scatter(dim, where, 0)
+    return [Block(base if source is None else base.scatter_add(dim, where, source), step.shape)]
+
+
 @rule("IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0", samples=_across)
 def index_into(step: Step, blocks: Blocks) -> Any:
     """``y = x``, at ``i_k`` replaced by or added to ``z[k]``: ``g[v]``, zero at what was replaced.
@@ -132,6 +190,22 @@ def index_into(step: Step, blocks: Blocks) -> Any:
     return found
 
 
+@forward("IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0")
+def index_into_forward(step: Step, blocks: Blocks) -> Any:
+    """``t_x[v]``, at ``i_k`` replaced by or added to ``t_z[v,k]``."""
+    if not step.shape:
+        return NotImplemented
+    base, source = _pair(step, blocks)
+    dim = step.saved("dim") % len(step.shape) + 1
+    index = step.saved("index").reshape(-1)
+    if not step.name.startswith("IndexAdd"):
+        base = base.index_fill(dim, index, 0)
+    if source is not None:
+        factor = step.saved("alpha") if step.has("alpha") else 1
+        base = base.index_add(dim, index, source, alpha=factor)
+    return [Block(base, step.shape)]
+
+
 @rule("MaskedSelectBackward0", samples=lambda step, at: [None])
 def masked_select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x`` where the mask holds, in row-major order: ``g[v]`` there, zero elsewhere."""
@@ -146,6 +220,14 @@ def masked_select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [Block(data, tuple(shape)).sum_to(edge.shape)]
 
 
+@single("MaskedSelectBackward0")
+def masked_select_forward(step: Step, t: Block) -> Block:
+    """``t[v]`` where the mask holds."""
+    mask = step.saved("mask")
+    shape = torch.broadcast_shapes(mask.shape, t.shape)
+    return Block(t.broadcast_to(shape).full()[:, mask.expand(shape)], step.shape)
+
+
 @rule("TakeBackward0", samples=lambda step, at: [None])
 def take(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[k] = x.flatten()[i_k]``: ``g[v,k]`` added at ``i_k``."""
@@ -157,6 +239,15 @@ def take(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     size = math.prod(edge.shape)
     flat = g.reshape((index.numel(),)).full()
     return [Block(added(flat, 1, size, index % size).reshape(g.rows, *edge.shape), edge.shape)]
+
+
+@single("TakeBackward0")
+def take_forward(step: Step, t: Block) -> Block:
+    """``t[v].flatten()[i_k]``."""
+    size = math.prod(t.shape)
+    flat = t.full().reshape(t.rows, size)
+    data = flat.index_select(1, step.saved("index").flatten() % size)
+    return Block(data.reshape(t.rows, *step.shape), step.shape)
 
 
 def _embedding_samples(step: Step, at: SampleAxis) -> list[Place]:
@@ -210,3 +301,16 @@ def embedding(step: Step, blocks: Blocks) -> Any:
     flat = g.spread(*range(len(g.shape) - 1))
     flat = flat.reshape(g.rows, math.prod(g.shape[:-1]), flat.shape[-1])
     return [Block(_tables(step, flat, step.saved("indices").flatten(), edge), edge.shape)]
+
+
+@single("EmbeddingBackward0")
+def embedding_forward(step: Step, t: Block) -> Any:
+    """``t[v, i_k, d]``; nothing for the word that only fills up sentences."""
+    if not _dense(step):
+        return NotImplemented
+    index = step.saved("indices")
+    data = t.spread(0).index_select(1, index.flatten())
+    ignored = index.flatten() == step.saved("padding_idx")
+    if ignored.any():
+        data = data.masked_fill(ignored[:, None], 0)
+    return Block(data.reshape(t.rows, *index.shape, data.shape[-1]), step.shape)

@@ -17,7 +17,7 @@ from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample, split
 from batchjac.rules.pointwise import only, scaled
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis, broadcast
 
 
@@ -158,3 +158,35 @@ def _matrix(product: Product, f: Factor) -> Tensor | None:
         return other
     repeated = sentence == ("bno", "bnk", "bko") and other.stride(0) == 0 and len(other) > 0
     return other[0] if repeated else None
+
+
+@forward(*PRODUCTS, "TrilinearBackward0")
+def products_forward(step: Step, blocks: Blocks) -> Any:
+    """``y = beta c + alpha sum a b``: ``beta t_c + alpha (sum t_a b + sum a t_b)``."""
+    product = _product(step)
+    total: Block | None = None
+    for f in _factors(step, product):
+        tangent = blocks[f.edge]
+        if tangent is not None:
+            part = Block(_from(product, f, tangent), step.shape)
+            total = part if total is None else total.plus(part)
+    if product.added:
+        total = None if total is None else scaled(total, step.saved("alpha"))
+        if blocks[0] is not None:
+            c = scaled(blocks[0], step.saved("beta")).broadcast_to(step.shape)
+            total = c if total is None else total.plus(c)
+    return [total]
+
+
+def _from(product: Product, f: Factor, t: Block) -> Tensor:
+    """The sentence read forwards; a matrix that all rows go through has a kernel of its own.
+
+    A letter that is summed over and is no other factor's must be there at full size.
+    """
+    matrix = _matrix(product, f)
+    if matrix is not None and t.data.shape[-1] == matrix.shape[0]:
+        return kernels.linear(t.data, matrix.t())
+    known = product.out + "".join(f.letters)
+    data = t.spread(*(d for d, letter in enumerate(f.mine) if letter not in known))
+    sentence = ",".join(("v" + f.mine, *f.letters))
+    return torch.einsum(f"{sentence}->v{product.out}", data, *f.others)

@@ -23,7 +23,7 @@ from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
 from batchjac.rules.pointwise import only
-from batchjac.rules.registry import Blocks, PerSample, Reverse, rule
+from batchjac.rules.registry import Blocks, Forward, PerSample, Reverse, first, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
 
 FROZEN = ":frozen"
@@ -63,6 +63,14 @@ class Normalised:
         slope = (h * self.centred).mean(dims, keepdim=True)
         centred = torch.addcmul(h - h.mean(dims, keepdim=True), self.centred, slope, value=-1)
         return centred * self.scale
+
+    def from_input(self, t: Tensor) -> Tensor:
+        """``w s (t - mean t - x̂ mean(t x̂))``: the transpose of ``toward_input``."""
+        if self.axes:
+            dims = [d + 1 for d in self.axes]
+            slope = (t * self.centred).mean(dims, keepdim=True)
+            t = torch.addcmul(t - t.mean(dims, keepdim=True), self.centred, slope, value=-1)
+        return t * (self.scale if self.weight is None else self.scale * self.weight)
 
     def _fused(self, g: Tensor, first: int) -> Tensor:
         """The same by torch's kernel for the last axes, three times as fast: a row is an image."""
@@ -219,6 +227,26 @@ def _per_sample(read: Callable[[Step], Normalised]) -> PerSample:
     return per_sample
 
 
+def _forward(read: Callable[[Step], Normalised]) -> Forward:
+    def normalise(step: Step, blocks: Blocks) -> list[Block | None]:
+        """``w s (t - mean t - x̂ mean(t x̂)) + x̂ t_w + t_b``."""
+        normal = read(step)
+        shapes = (tuple(normal.x.shape), normal.affine, normal.affine)
+        total: Block | None = None
+        for k, (tangent, shape) in enumerate(zip(blocks, shapes, strict=True)):
+            if tangent is None:
+                continue
+            part = tangent.reshape(shape).broadcast_to(normal.x.shape).to(normal.x.dtype)
+            if k == 0:
+                part = part.with_data(normal.from_input(part.data))
+            elif k == 1:
+                part = part.with_data(part.data * normal.centred)
+            total = part if total is None else total.plus(part)
+        return first(step, total and total.reshape(step.shape))
+
+    return normalise
+
+
 rule(
     "NativeLayerNormBackward0", samples=_layer_samples, per_sample=_per_sample(_by_layer),
     fresh=True,
@@ -231,3 +259,6 @@ rule(
     *BATCH, *(name + FROZEN for name in BATCH), CONSTANT,
     samples=_batch_samples, per_sample=_per_sample(_by_batch), fresh=True,
 )(_reverse(_by_batch))  # fmt: skip
+forward("NativeLayerNormBackward0")(_forward(_by_layer))
+forward("NativeGroupNormBackward0")(_forward(_by_group))
+forward(*BATCH, *(name + FROZEN for name in BATCH), CONSTANT)(_forward(_by_batch))

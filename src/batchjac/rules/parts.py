@@ -78,7 +78,7 @@ def cut(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     assert g is not None
     assert edge is not None
     dim = step.saved("dim") % len(edge.shape)
-    start, stop, stride = _bounds(step, edge.shape[dim])
+    start, stop, stride = bounds(step, edge.shape[dim])
     if (start, stop, stride) == (0, edge.shape[dim], 1):
         return [g]
     data = g.spread(dim)
@@ -88,13 +88,14 @@ def cut(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     ]
 
 
-def _bounds(step: Step, size: int) -> tuple[int, int, int]:
+def bounds(step: Step, size: int) -> tuple[int, int, int]:
+    """Start, stop and step of what was cut out of an axis of this size."""
     if step.name == "NarrowCopyBackward0":
         start = step.saved("start")
-        bounds = slice(start, start + step.saved("length"), 1)
+        where = slice(start, start + step.saved("length"), 1)
     else:
-        bounds = slice(step.saved("start"), step.saved("end"), step.saved("step"))
-    return bounds.indices(size)
+        where = slice(step.saved("start"), step.saved("end"), step.saved("step"))
+    return where.indices(size)
 
 
 def _cat_samples(step: Step, at: SampleAxis) -> list[Place]:
@@ -111,7 +112,7 @@ def cat(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     if g.data.shape[dim + 1] == 1:
         return [Block(g.data, e.shape) if e and _in_cat(step, e) else None for e in step.edges]
     found: list[Block | None] = []
-    for edge, start in zip(step.edges, _starts(step, dim), strict=True):
+    for edge, start in zip(step.edges, starts(step, dim), strict=True):
         if edge is None or start is None:
             found.append(None)
         else:
@@ -125,7 +126,7 @@ def _in_cat(step: Step, edge: Edge) -> bool:
     return len(edge.shape) == len(step.shape)
 
 
-def _starts(step: Step, dim: int) -> list[int | None]:
+def starts(step: Step, dim: int) -> list[int | None]:
     """Where each tensor begins along ``dim``.
 
     The node keeps no sizes of the tensors that need no gradient, but hands out parts of whatever
@@ -230,12 +231,12 @@ def slice_put(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     (g,) = blocks
     assert g is not None
     dim = step.saved("dim") % len(g.shape)
-    bounds = slice(*_bounds(step, g.shape[dim]))
+    start, stop, stride = bounds(step, g.shape[dim])
     data = g.spread(dim)
     x, written = step.edges
-    part = data.movedim(dim + 1, 0)[bounds].movedim(0, dim + 1)
+    part = data.movedim(dim + 1, 0)[start:stop:stride].movedim(0, dim + 1)
     zero = torch.zeros_like(part)
-    where = (dim + 1, bounds.start, bounds.stop, bounds.step)
+    where = (dim + 1, start, stop, stride)
     return [
         None if x is None else Block(torch.slice_scatter(data, zero, *where), x.shape),
         None if written is None else Block(part, written.shape),
@@ -312,7 +313,7 @@ def windows(step: Step, blocks: Blocks) -> Any:
     return [Block(torch.ops.aten.unfold_backward(data, sizes, dim + 1, *how), edge.shape)]
 
 
-def _pads(step: Step) -> list[tuple[int, int]]:
+def pads(step: Step) -> list[tuple[int, int]]:
     """Before and after each axis; the node keeps them from the last axis on."""
     pad = step.saved("pad")
     pairs = [(pad[k], pad[k + 1]) for k in range(0, len(pad), 2)]
@@ -320,7 +321,7 @@ def _pads(step: Step) -> list[tuple[int, int]]:
 
 
 def _pad_samples(step: Step, at: SampleAxis) -> list[Place]:
-    return [at if _pads(step)[at.dim] == (0, 0) else None]
+    return [at if pads(step)[at.dim] == (0, 0) else None]
 
 
 @rule("ConstantPadNdBackward0", samples=_pad_samples)
@@ -332,7 +333,7 @@ def constant_pad(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     assert edge is not None
     data = g.data
     zeros: list[int] = []
-    for d, (before, after) in enumerate(_pads(step)):
+    for d, (before, after) in enumerate(pads(step)):
         margin = (max(before, 0), max(after, 0))
         cropped = (max(-before, 0), max(-after, 0))
         zeros = [*cropped, *zeros]

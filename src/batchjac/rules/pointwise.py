@@ -14,8 +14,8 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.apart import entrywise
-from batchjac.rules.registry import Blocks, elementwise, rule
+from batchjac.rules.apart import diagonal, entrywise
+from batchjac.rules.registry import Blocks, elementwise, forward, rule, single
 from batchjac.samples import Place, SampleAxis
 
 SMOOTH = (
@@ -336,3 +336,18 @@ def glu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     assert d is not None
     data = torch.cat([g.data * half for half in d.unsqueeze(0).chunk(2, dim + 1)], dim + 1)
     return [Block(data, edge.shape)]
+
+
+forward("ReluBackward0")(diagonal(relu))
+forward(*GATES)(diagonal(gate))
+forward("HardsigmoidBackward0")(diagonal(hardsigmoid))
+
+
+@single("GluBackward0")
+def glu_forward(step: Step, t: Block) -> Block:
+    """``t_a s(b) + t_b a s'(b)``, the halves of one tangent."""
+    dim = step.saved("dim") % len(step.shape)
+    (d,) = derivative(step)
+    assert d is not None
+    a, b = times(t, d).data.chunk(2, dim + 1)
+    return Block(a + b, step.shape)

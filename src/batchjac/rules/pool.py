@@ -13,9 +13,11 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule
-from batchjac.rules.spatial import but_last, planes
+from batchjac.rules.registry import Blocks, rule, single
+from batchjac.rules.spatial import but_last, images, planes
 from batchjac.rules.zeros import onto
+
+aten = torch.ops.aten
 
 
 def put(data: Tensor, dim: int, size: int, index: Tensor, add: bool) -> Tensor:
@@ -62,6 +64,14 @@ def _maximum(dims: int, add: Callable[[Step], bool], *names: str) -> None:
         data = put(g.full().flatten(-dims), -1, math.prod(size), index, add(step))
         return [Block(data.unflatten(-1, size), edge.shape)]
 
+    @single(*names)
+    def pool_forward(step: Step, t: Block) -> Block:
+        """``t[v, n, c, i(n,c,p)]``."""
+        index = step.saved("result1").flatten(-dims)
+        flat = t.full().flatten(-dims)
+        data = flat.gather(-1, index.expand(*flat.shape[:-1], -1))
+        return Block(data.unflatten(-1, step.shape[-dims:]), step.shape)
+
 
 _maximum(2, _overlap, "MaxPool2DWithIndicesBackward0")
 _maximum(3, _overlap, "MaxPool3DWithIndicesBackward0")
@@ -86,30 +96,56 @@ def _unpooled(dims: int, *names: str) -> None:
         data = flat.gather(-1, index.expand(*flat.shape[:-1], -1))
         return [Block(data.unflatten(-1, edge.shape[-dims:]), edge.shape)]
 
+    @single(*names)
+    def unpool_forward(step: Step, t: Block) -> Block:
+        """``t[v,n,c,p]`` at ``i(n,c,p)``, zero elsewhere."""
+        size = step.shape[-dims:]
+        index = step.saved("indices").flatten(-dims)
+        data = put(t.full().flatten(-dims), -1, math.prod(size), index, add=True)
+        return Block(data.unflatten(-1, size), step.shape)
+
 
 _unpooled(2, "MaxUnpool2DBackward0")
 _unpooled(3, "MaxUnpool3DBackward0")
 
 
-def _average(dims: int, adjoint: Any, *names: str) -> None:
+def _average(dims: int, adjoint: Any, push: Any, *names: str) -> None:
     @rule(*names, samples=but_last(dims))
     def pool(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[n,c,p] = mean_k x[n, c, p s + k]``: ``g[v,n,c,p] / K`` to each of its window."""
-        window = [list(step.saved(name)) for name in ("kernel_size", "stride", "padding")]
-        how = [step.saved(n) for n in ("ceil_mode", "count_include_pad", "divisor_override")]
-        return planes(step, blocks, dims, lambda g, x: adjoint(g, x, *window, *how))
+        return planes(step, blocks, dims, lambda g, x: adjoint(g, x, *_averaged(step)))
+
+    @single(*names)
+    def pool_forward(step: Step, t: Block) -> Block:
+        """``mean_k t[v, n, c, p s + k]``."""
+        return images(step, t, dims, lambda x: push(x, *_averaged(step)))
 
 
-_average(2, torch.ops.aten.avg_pool2d_backward, "AvgPool2DBackward0")
-_average(3, torch.ops.aten.avg_pool3d_backward, "AvgPool3DBackward0")
+def _averaged(step: Step) -> list[Any]:
+    window = [list(step.saved(name)) for name in ("kernel_size", "stride", "padding")]
+    how = [step.saved(n) for n in ("ceil_mode", "count_include_pad", "divisor_override")]
+    return [*window, *how]
 
 
-def _adaptive(dims: int, adjoint: Any, *names: str) -> None:
+_average(2, aten.avg_pool2d_backward, aten.avg_pool2d, "AvgPool2DBackward0")
+_average(3, aten.avg_pool3d_backward, aten.avg_pool3d, "AvgPool3DBackward0")
+
+
+def _adaptive(dims: int, adjoint: Any, push: Any, *names: str) -> None:
     @rule(*names, samples=but_last(dims))
     def pool(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[n,c,p]``, the mean of window ``p``: ``g[v,n,c,p]`` over the size of each window."""
         return planes(step, blocks, dims, adjoint)
 
+    @single(*names)
+    def pool_forward(step: Step, t: Block) -> Block:
+        """The mean of ``t[v]`` in each window."""
+        return images(step, t, dims, lambda x: push(x, list(step.shape[-dims:])))
 
-_adaptive(2, torch.ops.aten._adaptive_avg_pool2d_backward, "AdaptiveAvgPool2DBackward0")
-_adaptive(3, torch.ops.aten._adaptive_avg_pool3d_backward, "AdaptiveAvgPool3DBackward0")
+
+_adaptive(
+    2, aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool2d, "AdaptiveAvgPool2DBackward0"
+)
+_adaptive(
+    3, aten._adaptive_avg_pool3d_backward, aten._adaptive_avg_pool3d, "AdaptiveAvgPool3DBackward0"
+)

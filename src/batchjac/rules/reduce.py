@@ -15,7 +15,7 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.pointwise import derivative, keep, only, real_within_complex, times, zero
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, forward, rule, single
 from batchjac.samples import Place, SampleAxis, moved
 
 WEIGHTED = (
@@ -62,10 +62,23 @@ def restored(step: Step, g: Block) -> Block:
     return Block(data, edge.shape)
 
 
+def fold(step: Step, t: Block) -> Block:
+    """Tangents of the input summed over the folded axes, in the shape of the output."""
+    dims = folded(step)
+    rows = t.sum_to([1 if d in dims else size for d, size in enumerate(t.shape)]).data
+    return Block(rows.reshape(t.rows, *(rows.shape[1 + d] for d in kept(step))), step.shape)
+
+
 @rule("SumBackward0", "SumBackward1", samples=reduced_samples)
 def summed(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[n] = sum_k x[n,k]``: ``g[v n]`` for every ``k``."""
     return [restored(step, only(blocks))]
+
+
+@single("SumBackward0", "SumBackward1")
+def summed_forward(step: Step, t: Block) -> Block:
+    """``sum_k t[v n k]``."""
+    return fold(step, t)
 
 
 @rule("MeanBackward0", "MeanBackward1", samples=reduced_samples)
@@ -74,6 +87,14 @@ def mean(step: Step, blocks: Blocks) -> Any:
     g = restored(step, only(blocks))
     terms = math.prod(g.shape[d] for d in folded(step))
     return [g.with_data(g.data / terms)] if terms else NotImplemented
+
+
+@single("MeanBackward0", "MeanBackward1")
+def mean_forward(step: Step, t: Block) -> Any:
+    """``sum_k t[v n k] / K``."""
+    terms = math.prod(t.shape[d] for d in folded(step))
+    found = fold(step, t)
+    return found.with_data(found.data / terms) if terms else NotImplemented
 
 
 @rule(*WEIGHTED, samples=reduced_samples)
@@ -94,10 +115,28 @@ def weighted(step: Step, blocks: Blocks) -> Any:
     return [total]
 
 
-@rule(
-    "MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0",
-    samples=reduced_samples,
+@forward(*WEIGHTED)
+def weighted_forward(step: Step, blocks: Blocks) -> list[Block | None]:
+    """``sum_k f_j'(x)[n,k] t[v n k]`` for each output ``j``."""
+    t = only(blocks)
+    found: list[Block | None] = []
+    for j in range(len(step.outputs)):
+        (weight,) = derivative(step, j)
+        part = fold(step, zero(t) if weight is None else times(t, weight))
+        if step.name.startswith("Std") and j == 0:
+            part = keep(part, step.saved("result" if step.has("result") else "result0") != 0)
+        found.append(part)
+    return found
+
+
+OF_ALL = ("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0")
+CHOSEN = (
+    "KthvalueBackward0", "MaxBackward0", "MedianBackward1", "MinBackward0", "ModeBackward0",
+    "NanmedianBackward1",
 )  # fmt: skip
+
+
+@rule(*OF_ALL, samples=reduced_samples)
 def chosen_of_all(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = max x``: ``g[v]`` in equal parts toward the entries that attain it, 0 elsewhere."""
     (weight,) = derivative(step)
@@ -105,15 +144,32 @@ def chosen_of_all(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [keep(times(restored(step, only(blocks)), weight), weight != 0)]
 
 
-@rule(
-    "KthvalueBackward0", "MaxBackward0", "MedianBackward1", "MinBackward0", "ModeBackward0",
-    "NanmedianBackward1",
-    samples=reduced_samples,
-)  # fmt: skip
+@single(*OF_ALL)
+def chosen_of_all_forward(step: Step, t: Block) -> Block:
+    """The mean of ``t[v]`` over the entries that attain the extremum."""
+    (weight,) = derivative(step)
+    assert weight is not None
+    return fold(step, keep(times(t, weight), weight != 0))
+
+
+@rule(*CHOSEN, samples=reduced_samples)
 def chosen(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[n] = x[n,k(n)]``: ``g[v n]`` at ``k(n)``, 0 elsewhere."""
     g = restored(step, only(blocks))
     return [keep(g, _attained(step, g.shape))]
+
+
+@single(*CHOSEN)
+def chosen_forward(step: Step, t: Block) -> Block:
+    """``t[v n k(n)]``."""
+    if not t.shape:
+        return t
+    (dim,) = folded(step)
+    index = step.saved("indices")
+    if not step.saved("keepdim"):
+        index = index.unsqueeze(dim)
+    data = t.full().gather(dim + 1, index.expand(t.rows, *index.shape))
+    return Block(data.reshape(t.rows, *step.shape), step.shape)
 
 
 def _attained(step: Step, shape: Sequence[int]) -> Tensor:
@@ -152,6 +208,17 @@ def classified(step: Step, blocks: Blocks) -> Any:
     return [keep(times(rows, weight), weight != 0)]
 
 
+@single("NllLossBackward0", "NllLoss2DBackward0")
+def classified_forward(step: Step, t: Block) -> Any:
+    """``-w t[v n t(n)]`` at the target."""
+    if step.saved("reduction") != 0:
+        return NotImplemented
+    (weight,) = derivative(step)
+    assert weight is not None
+    rows = keep(times(t, weight), weight != 0)
+    return Block(rows.data.sum(1 + _class_axis(step)), step.shape)
+
+
 def _along(step: Step, at: SampleAxis) -> list[Place]:
     """A node that works along one axis, ``dim``, keeps the others apart."""
     size = len(step.shape)
@@ -171,6 +238,15 @@ def cumulated(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.with_data(data)]
 
 
+@single("CumsumBackward0")
+def cumulated_forward(step: Step, t: Block) -> Block:
+    """``sum_{j<=k} t[v n j]``."""
+    if not t.shape:
+        return t
+    dim = step.saved("dim") % len(t.shape)
+    return t.with_data(t.spread(dim).cumsum(dim + 1))
+
+
 @rule("CummaxBackward0", "CumminBackward0", samples=_along)
 def cumulated_extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[n,k] = x[n,i(n,k)]``: the sum of ``g[v n k]`` over the ``k`` that took ``i``."""
@@ -181,6 +257,16 @@ def cumulated_extremum(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     rows = g.full()
     index = step.saved("indices").expand(rows.shape)
     return [g.with_data(torch.zeros_like(rows).scatter_add(dim, index, rows))]
+
+
+@single("CummaxBackward0", "CumminBackward0")
+def cumulated_extremum_forward(step: Step, t: Block) -> Block:
+    """``t[v n i(n,k)]``."""
+    if not t.shape:
+        return t
+    rows = t.full()
+    index = step.saved("indices").expand(rows.shape)
+    return t.with_data(rows.gather(step.saved("dim") % len(t.shape) + 1, index))
 
 
 @rule("CumprodBackward0", "LogcumsumexpBackward0", samples=_along)

@@ -15,6 +15,7 @@ Reverse = Callable[[Step, Blocks], Any]
 Samples = Callable[[Step, SampleAxis], Sequence[Place]]
 PerSample = Callable[[Step, Blocks, SampleAxis], Blocks]
 Into = Callable[[Step, Blocks, Block], bool]
+Forward = Callable[[Step, Blocks], Any]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,68 @@ def find(step: Step) -> Rule | None:
 def names() -> list[str]:
     """The names of all nodes that have a rule."""
     return sorted(_RULES)
+
+
+_FORWARD: dict[str, Forward] = {}
+
+
+def forward(*names: str) -> Callable[[Forward], Forward]:
+    """Register a function as the forward rule of these nodes.
+
+    It takes one tangent block per edge (``None`` where nothing arrives or the edge is ``None``),
+    in the dtype and on the device of the node's first output but each in the shape of its edge,
+    and returns one per output (``None`` where nothing flows or the output has no derivative).
+    Law: ``<u, forward(t)> = <reverse(u), t>``. It may return ``NotImplemented`` for a case it does
+    not cover. Tensors are real: ``find_forward`` holds that.
+    """
+
+    def register(push: Forward) -> Forward:
+        for name in names:
+            if name in _FORWARD:
+                raise ValueError(f"a forward rule for {name} is registered already")
+            _FORWARD[name] = push
+        return push
+
+    return register
+
+
+def single(*names: str) -> Callable[[Callable[[Step, Block], Any]], Callable[[Step, Block], Any]]:
+    """Register the forward rule of nodes with one edge and one derivative: block to block."""
+
+    def register(push: Callable[[Step, Block], Any]) -> Callable[[Step, Block], Any]:
+        @forward(*names)
+        def every(step: Step, blocks: Blocks) -> Any:
+            (tangent,) = blocks
+            assert tangent is not None
+            found = push(step, tangent)
+            return found if found is NotImplemented else first(step, found)
+
+        return push
+
+    return register
+
+
+def first(step: Step, block: Block | None) -> list[Block | None]:
+    """Tangents of a node of whose outputs only the first has a derivative."""
+    return [block] + [None] * (len(step.outputs) - 1)
+
+
+def find_forward(step: Step) -> Forward | None:
+    """The forward rule of this node, if there is one; none for a user's Function.
+
+    Nor where anything is complex: a conjugate tells a derivative from its transpose there.
+    """
+    edges = (e.meta for e in step.edges if e is not None)
+    if isinstance(step.node, BackwardCFunction) or any(
+        meta.dtype.is_complex for meta in (*step.outputs, *edges)
+    ):
+        return None
+    return _FORWARD.get(step.name)
+
+
+def forward_names() -> list[str]:
+    """The names of all nodes that have a forward rule."""
+    return sorted(_FORWARD)
 
 
 def elementwise(step: Step, at: SampleAxis) -> list[Place]:

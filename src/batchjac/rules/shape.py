@@ -16,9 +16,18 @@ from torch.nn import functional as F
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
-from batchjac.rules.registry import Blocks, elementwise, rule
+from batchjac.rules.registry import Blocks, elementwise, rule, single
 from batchjac.rules.spatial import but_last
 from batchjac.samples import SHARED, Place, SampleAxis, moved, reshaped
+
+VIEWS = (
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
+    "SqueezeBackward3", "SqueezeBackward4", "SqueezeBackward5", "UnsqueezeBackward1",
+)  # fmt: skip
+PERMUTED = (
+    "PermuteBackward0", "TransposeBackward0", "TBackward0", "TransposeBackward1", "TBackward1",
+)  # fmt: skip
 
 
 def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
@@ -28,12 +37,7 @@ def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
     return [reshaped(at, step.shape, edge.shape)]
 
 
-@rule(
-    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
-    "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
-    "SqueezeBackward3", "SqueezeBackward4", "SqueezeBackward5", "UnsqueezeBackward1",
-    samples=_reshaped,
-)  # fmt: skip
+@rule(*VIEWS, samples=_reshaped)
 def view(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """The same entries in row-major order: ``g[v, ...]`` in the shape of the input."""
     (g,) = blocks
@@ -41,6 +45,12 @@ def view(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     assert g is not None
     assert edge is not None
     return [g.reshape(edge.shape)]
+
+
+@single(*VIEWS)
+def view_forward(step: Step, t: Block) -> Block:
+    """``t[v, ...]`` in the shape of the output."""
+    return t.reshape(step.shape)
 
 
 def _expand_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
@@ -62,6 +72,12 @@ def expand(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.sum_to(edge.shape)]
 
 
+@single("ExpandBackward0")
+def expand_forward(step: Step, t: Block) -> Block:
+    """``t[v,i]`` for every ``r``."""
+    return t.broadcast_to(step.shape)
+
+
 def permutation(step: Step) -> list[int]:
     """``order`` with ``y.shape[k] == x.shape[order[k]]`` for a node that permutes axes."""
     order = list(range(len(step.shape)))
@@ -78,10 +94,7 @@ def _permuted(step: Step, at: SampleAxis) -> list[Place]:
     return [moved(at, permutation(step)[at.dim])]
 
 
-@rule(
-    "PermuteBackward0", "TransposeBackward0", "TBackward0", "TransposeBackward1", "TBackward1",
-    samples=_permuted,
-)  # fmt: skip
+@rule(*PERMUTED, samples=_permuted)
 def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[order] = x``: the block's axes put back, without a copy."""
     (g,) = blocks
@@ -91,6 +104,12 @@ def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     order = permutation(step)
     back = [order.index(d) + 1 for d in range(len(order))]
     return [Block(g.data.permute(0, *back), edge.shape)]
+
+
+@single(*PERMUTED)
+def permute_forward(step: Step, t: Block) -> Block:
+    """``t[v, order]``."""
+    return Block(t.data.permute(0, *(d + 1 for d in permutation(step))), step.shape)
 
 
 def _repeated(step: Step, at: SampleAxis) -> list[Place]:
@@ -133,6 +152,17 @@ def repeat(step: Step, blocks: Blocks) -> Any:
     return [pairs.sum_to(single).reshape(edge.shape)]
 
 
+@single("RepeatBackward0")
+def repeat_forward(step: Step, t: Block) -> Any:
+    """``t[v,i]`` for every ``r``."""
+    repeats = step.saved("repeats")
+    if 0 in repeats:
+        return NotImplemented
+    sizes = (*(1,) * (len(repeats) - len(t.shape)), *t.shape)
+    pairs = [n for pair in zip(repeats, sizes, strict=True) for n in pair]
+    return t.reshape([n for n in sizes for n in (1, n)]).broadcast_to(pairs).reshape(step.shape)
+
+
 def _copies(g: Block, repeats: Sequence[int], shape: Sequence[int]) -> tuple[Block, Sequence[int]]:
     """``g`` with its axes cut in two, copies and entries, and the shape of a single copy."""
     sizes = (*(1,) * (len(repeats) - len(shape)), *shape)
@@ -159,6 +189,13 @@ def rot90(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [Block(turned, edge.shape)]
 
 
+@single("Rot90Backward0")
+def rot90_forward(step: Step, t: Block) -> Block:
+    """``t[v]`` turned the same way."""
+    plane = [d % len(t.shape) for d in step.saved("dims")]
+    return Block(torch.rot90(t.spread(*plane), step.saved("k"), [d + 1 for d in plane]), step.shape)
+
+
 @rule("FlipBackward0", samples=_still)
 def flip(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[i] = x[I-1-i]``: ``g[v, I-1-i]``."""
@@ -169,17 +206,32 @@ def flip(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.with_data(g.data.flip(changed)) if changed else g]
 
 
+@single("FlipBackward0")
+def flip_forward(step: Step, t: Block) -> Any:
+    """A mirror image is its own transpose: ``t[v, I-1-i]``."""
+    return flip(step, [t])[0]
+
+
 @rule("RollBackward0", samples=_still)
 def roll(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[i] = x[i - s]``: ``g[v, i + s]``, on the listed axes or on all as one."""
     (g,) = blocks
     assert g is not None
-    back = [-s for s in step.saved("shifts")]
+    return [_rolled(step, g, [-s for s in step.saved("shifts")])]
+
+
+@single("RollBackward0")
+def roll_forward(step: Step, t: Block) -> Block:
+    """``t[v, i - s]``."""
+    return _rolled(step, t, list(step.saved("shifts")))
+
+
+def _rolled(step: Step, block: Block, shifts: list[int]) -> Block:
     if not step.saved("dims"):
-        flat = g.reshape((math.prod(g.shape),))
-        return [flat.with_data(flat.data.roll(back, [1])).reshape(g.shape)]
-    dims = [d % len(g.shape) + 1 for d in step.saved("dims")]
-    return [g.with_data(g.data.roll(back, dims))]
+        flat = block.reshape((math.prod(block.shape),))
+        return flat.with_data(flat.data.roll(shifts, [1])).reshape(block.shape)
+    dims = [d % len(block.shape) + 1 for d in step.saved("dims")]
+    return block.with_data(block.data.roll(shifts, dims))
 
 
 def _last(step: Step, g: Block | None, count: int, adjoint: Callable[[Tensor], Tensor]) -> Block:
@@ -188,6 +240,11 @@ def _last(step: Step, g: Block | None, count: int, adjoint: Callable[[Tensor], T
     assert g is not None
     assert edge is not None
     return Block(adjoint(g.spread(*range(-count, 0))), edge.shape)
+
+
+def _ahead(step: Step, t: Block, count: int, push: Callable[[Tensor], Tensor]) -> Block:
+    """The same for tangents, toward the output."""
+    return Block(push(t.spread(*range(-count, 0))), step.shape)
 
 
 @rule("PixelShuffleBackward0", samples=but_last(3))
@@ -202,6 +259,18 @@ def pixel_unshuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[(c,a,b), h, w] = x[c, h r + a, w r + b]``: ``g`` shuffled."""
     factor = step.saved("downscale_factor")
     return [_last(step, blocks[0], 3, lambda g: F.pixel_shuffle(g, factor))]
+
+
+@single("PixelShuffleBackward0")
+def pixel_shuffle_forward(step: Step, t: Block) -> Block:
+    """``t`` shuffled."""
+    return _ahead(step, t, 3, lambda x: F.pixel_shuffle(x, step.saved("upscale_factor")))
+
+
+@single("PixelUnshuffleBackward0")
+def pixel_unshuffle_forward(step: Step, t: Block) -> Block:
+    """``t`` unshuffled."""
+    return _ahead(step, t, 3, lambda x: F.pixel_unshuffle(x, step.saved("downscale_factor")))
 
 
 def _channels(step: Step, at: SampleAxis) -> list[Place]:
@@ -220,12 +289,27 @@ def channel_shuffle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [g.with_data(parts.flatten(2, 3))]
 
 
+@single("ChannelShuffleBackward0")
+def channel_shuffle_forward(step: Step, t: Block) -> Block:
+    """The two parts of the channel axis swapped."""
+    if t.data.shape[2] == 1:
+        return t
+    parts = t.data.unflatten(2, (step.saved("groups"), -1)).transpose(2, 3)
+    return t.with_data(parts.flatten(2, 3))
+
+
 @rule("TrilBackward0", "TriuBackward0", samples=but_last(2))
 def triangle(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x`` on one side of a diagonal, 0 on the other: the same of ``g``."""
     keep = torch.tril if step.name.startswith("Tril") else torch.triu
     diagonal = step.saved("diagonal")
     return [_last(step, blocks[0], 2, lambda g: keep(g, diagonal))]
+
+
+@single("TrilBackward0", "TriuBackward0")
+def triangle_forward(step: Step, t: Block) -> Any:
+    """A mask is its own transpose: the same of ``t``."""
+    return triangle(step, [t])[0]
 
 
 @rule("ViewAsComplexBackward0", samples=lambda step, at: [at])

@@ -1,6 +1,7 @@
 """Normalised exponentials along one axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.pointwise import only, wide
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, rule, single
 from batchjac.samples import Place, SampleAxis
 
 
@@ -46,3 +47,19 @@ def log_softmax(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     repeated = g.shape[dim - 1] if g.data.shape[dim] == 1 else 1
     total = g.data.sum(dim, keepdim=True) * repeated
     return [g.with_data(g.data - y.exp() * total)]
+
+
+@single("SoftmaxBackward0", "SafeSoftmaxBackward0")
+def softmax_forward(step: Step, t: Block) -> Any:
+    """The derivative ``diag y - y y^T`` is symmetric."""
+    return softmax(step, [t])[0]
+
+
+@single("LogSoftmaxBackward0")
+def log_softmax_forward(step: Step, t: Block) -> Block:
+    """``t[v n k] - sum_j exp(y)[n,j] t[v n j]``."""
+    dim, y = _along(step, t)
+    share = y.exp()
+    if not t.shape:
+        return t.with_data(t.data - share * t.data)
+    return t.with_data(t.data - (share * t.data).sum(dim, keepdim=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, rule, single
 from batchjac.samples import Place, SampleAxis
 
 aten = torch.ops.aten
@@ -42,51 +42,97 @@ def planes(step: Step, blocks: Blocks, dims: int, adjoint: Callable[..., Tensor]
     return [Block(adjoint(flat, like).reshape(*lead, *size), edge.shape)]
 
 
-def _padded(dims: int, adjoint: Any, *names: str) -> None:
+def images(step: Step, t: Block, dims: int, push: Callable[[Tensor], Tensor]) -> Block:
+    """Tangents as a batch ``[*, channel, ...]`` through the operator of the forward itself."""
+    data = t.spread(*range(-dims, 0))
+    lead = data.shape[:-dims]
+    found = push(data.reshape(lead[:-1].numel(), lead[-1], *data.shape[-dims:]))
+    return Block(found.reshape(*lead, *found.shape[-dims:]), step.shape)
+
+
+def _padded(dims: int, adjoint: Any, push: Any, *names: str) -> None:
     @rule(*names, samples=but_last(dims))
     def pad(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[p] = x[i(p)]`` with ``i`` mirrored or clamped: the sum of ``g[v,p]`` at ``i(p)``."""
         padding = list(step.saved("padding"))
         return planes(step, blocks, dims, lambda g, x: adjoint(g, x, padding))
 
-
-_padded(1, aten.reflection_pad1d_backward, "ReflectionPad1DBackward0")
-_padded(2, aten.reflection_pad2d_backward, "ReflectionPad2DBackward0")
-_padded(3, aten.reflection_pad3d_backward, "ReflectionPad3DBackward0")
-_padded(1, aten.replication_pad1d_backward, "ReplicationPad1DBackward0")
-_padded(2, aten.replication_pad2d_backward, "ReplicationPad2DBackward0")
-_padded(3, aten.replication_pad3d_backward, "ReplicationPad3DBackward0")
+    @single(*names)
+    def pad_forward(step: Step, t: Block) -> Block:
+        """``t[v, i(p)]``."""
+        return images(step, t, dims, lambda x: push(x, list(step.saved("padding"))))
 
 
-def _resized(dims: int, adjoint: Any, *names: str) -> None:
+_padded(1, aten.reflection_pad1d_backward, aten.reflection_pad1d, "ReflectionPad1DBackward0")
+_padded(2, aten.reflection_pad2d_backward, aten.reflection_pad2d, "ReflectionPad2DBackward0")
+_padded(3, aten.reflection_pad3d_backward, aten.reflection_pad3d, "ReflectionPad3DBackward0")
+_padded(1, aten.replication_pad1d_backward, aten.replication_pad1d, "ReplicationPad1DBackward0")
+_padded(2, aten.replication_pad2d_backward, aten.replication_pad2d, "ReplicationPad2DBackward0")
+_padded(3, aten.replication_pad3d_backward, aten.replication_pad3d, "ReplicationPad3DBackward0")
+
+
+def _resized(dims: int, adjoint: Any, push: Any, *names: str) -> None:
     @rule(*names, samples=but_last(dims))
     def resize(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[p] = sum_i c[p,i] x[i]``: ``sum_p c[p,i] g[v,p]``, with ``c`` from the sizes."""
-        corners = [step.saved("align_corners")] if step.has("align_corners") else []
-        names = {
-            1: ["scales"],
-            2: ["scales_h", "scales_w"],
-            3: ["scales_d", "scales_h", "scales_w"],
-        }
-        scales = [step.saved(name) for name in names[dims]]
-        output = list(step.saved("output_size"))
-        return planes(
-            step, blocks, dims, lambda g, x: adjoint(g, output, list(x.shape), *corners, *scales)
-        )
+        output, how = list(step.saved("output_size")), _how(step, dims)
+        return planes(step, blocks, dims, lambda g, x: adjoint(g, output, list(x.shape), *how))
+
+    @single(*names)
+    def resize_forward(step: Step, t: Block) -> Block:
+        """``sum_i c[p,i] t[v,i]``."""
+        output, how = list(step.saved("output_size")), _how(step, dims)
+        return images(step, t, dims, lambda x: push(x, output, *how))
 
 
-_resized(1, aten.upsample_nearest1d_backward, "UpsampleNearest1DBackward0")
-_resized(2, aten.upsample_nearest2d_backward, "UpsampleNearest2DBackward0")
-_resized(3, aten.upsample_nearest3d_backward, "UpsampleNearest3DBackward0")
-_resized(1, aten._upsample_nearest_exact1d_backward, "UpsampleNearestExact1DBackward0")
-_resized(2, aten._upsample_nearest_exact2d_backward, "UpsampleNearestExact2DBackward0")
-_resized(3, aten._upsample_nearest_exact3d_backward, "UpsampleNearestExact3DBackward0")
-_resized(1, aten.upsample_linear1d_backward, "UpsampleLinear1DBackward0")
-_resized(2, aten.upsample_bilinear2d_backward, "UpsampleBilinear2DBackward0")
-_resized(3, aten.upsample_trilinear3d_backward, "UpsampleTrilinear3DBackward0")
-_resized(2, aten.upsample_bicubic2d_backward, "UpsampleBicubic2DBackward0")
-_resized(2, aten._upsample_bilinear2d_aa_backward, "UpsampleBilinear2DAaBackward0")
-_resized(2, aten._upsample_bicubic2d_aa_backward, "UpsampleBicubic2DAaBackward0")
+def _how(step: Step, dims: int) -> list[Any]:
+    """How an image was resized: whether its corners stay, and the factor of each axis."""
+    corners = [step.saved("align_corners")] if step.has("align_corners") else []
+    scales = {1: ["scales"], 2: ["scales_h", "scales_w"], 3: ["scales_d", "scales_h", "scales_w"]}
+    return [*corners, *map(step.saved, scales[dims])]
+
+
+_resized(1, aten.upsample_nearest1d_backward, aten.upsample_nearest1d, "UpsampleNearest1DBackward0")
+_resized(2, aten.upsample_nearest2d_backward, aten.upsample_nearest2d, "UpsampleNearest2DBackward0")
+_resized(3, aten.upsample_nearest3d_backward, aten.upsample_nearest3d, "UpsampleNearest3DBackward0")
+_resized(
+    1,
+    aten._upsample_nearest_exact1d_backward,
+    aten._upsample_nearest_exact1d,
+    "UpsampleNearestExact1DBackward0",
+)
+_resized(
+    2,
+    aten._upsample_nearest_exact2d_backward,
+    aten._upsample_nearest_exact2d,
+    "UpsampleNearestExact2DBackward0",
+)
+_resized(
+    3,
+    aten._upsample_nearest_exact3d_backward,
+    aten._upsample_nearest_exact3d,
+    "UpsampleNearestExact3DBackward0",
+)
+_resized(1, aten.upsample_linear1d_backward, aten.upsample_linear1d, "UpsampleLinear1DBackward0")
+_resized(
+    2, aten.upsample_bilinear2d_backward, aten.upsample_bilinear2d, "UpsampleBilinear2DBackward0"
+)
+_resized(
+    3, aten.upsample_trilinear3d_backward, aten.upsample_trilinear3d, "UpsampleTrilinear3DBackward0"
+)
+_resized(2, aten.upsample_bicubic2d_backward, aten.upsample_bicubic2d, "UpsampleBicubic2DBackward0")
+_resized(
+    2,
+    aten._upsample_bilinear2d_aa_backward,
+    aten._upsample_bilinear2d_aa,
+    "UpsampleBilinear2DAaBackward0",
+)
+_resized(
+    2,
+    aten._upsample_bicubic2d_aa_backward,
+    aten._upsample_bicubic2d_aa,
+    "UpsampleBicubic2DAaBackward0",
+)
 
 
 def _window(step: Step) -> list[list[int]]:
@@ -118,3 +164,18 @@ def fold(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     assert edge is not None
     flat, lead = _flat(blocks[0], 3)
     return [Block(aten.im2col(flat, *_window(step)).unflatten(0, lead), edge.shape)]
+
+
+@single("Im2ColBackward0")
+def unfold_forward(step: Step, t: Block) -> Block:
+    """``t[v, c, p s + k d - pad]``."""
+    flat, lead = _flat(t, 3)
+    return Block(aten.im2col(flat, *_window(step)).unflatten(0, lead), step.shape)
+
+
+@single("Col2ImBackward0")
+def fold_forward(step: Step, t: Block) -> Block:
+    """The sum of ``t[v, (c,k), p]`` at each place."""
+    flat, lead = _flat(t, 2)
+    found = aten.col2im(flat, list(step.shape[-2:]), *_window(step))
+    return Block(found.unflatten(0, lead), step.shape)
