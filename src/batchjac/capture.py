@@ -203,16 +203,18 @@ def _copy(output: Any) -> Any:
 @contextlib.contextmanager
 def _noticed(seen: _Seen) -> Iterator[None]:
     """Notice a gradient hook put on a tensor in the forward; nodes do not show theirs."""
-    original = Tensor.register_hook
+    original: Callable[..., Any] = Tensor.register_hook
 
     def register_hook(self: Tensor, hook: Any) -> Any:
         seen.hooked = True
-        return original(self, hook)  # type: ignore[no-untyped-call]
+        return original(self, hook)
 
+    # mypy forbids replacing a method; for the forward alone that is what is meant
     Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:
         yield
     finally:
+        # the method itself, put back
         Tensor.register_hook = original  # type: ignore[method-assign]
 
 

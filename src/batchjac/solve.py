@@ -117,7 +117,7 @@ class _Run:
             stop = min(n, start + self.chunk.samples)
             try:
                 done = self._part(slice(start, stop))
-            except Exception as error:
+            except Exception as error:  # torch has no one class for memory that ran out
                 if not is_out_of_memory(error):
                     raise
                 done = False
@@ -317,7 +317,7 @@ class _Run:
         """Do something that walks; where the walk fails, do it again by the engine."""
         try:
             act()
-        except Exception as error:
+        except Exception as error:  # whatever a node raises: autograd's engine decides
             ours = isinstance(error, BatchjacError) or is_out_of_memory(error)
             if self.by_engine or ours:
                 raise
