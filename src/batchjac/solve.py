@@ -131,7 +131,9 @@ class _Run:
         return Solution(self.values, j)
 
     def _shrink(self, samples: int, error: Exception) -> None:
-        """Half the samples, else half the rows, after memory ran out."""
+        """Half the samples, else half the rows, after memory ran out; so there is an end of it."""
+        smaller = samples <= self.most.samples and self.rows <= self.most.rows
+        assert smaller, "no smaller than the last attempt"
         if samples > 1 and not self.whole:
             log.warning("out of memory with %d samples at a time; trying half", samples)
             self.most = replace(self.most, samples=samples // 2)
@@ -161,6 +163,7 @@ class _Run:
         if self.ran:
             self.restore()
         self.ran = True
+        self.rows, self.need = 0, None  # fewer rows do not help a forward that runs out
         with capture(self.problem, samples) as captured:
             return self._captured(samples, captured)
 
@@ -169,7 +172,6 @@ class _Run:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
-        self.rows, self.need = 0, None
         here = self.chunk
         first = not self.sinks
         if first:
