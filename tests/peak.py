@@ -148,6 +148,9 @@ CALLS = {
     "a small part of a large value": Call(
         lambda: Part(16, 20_000), lambda: torch.randn(1500, 16)
     ),
+    "one output of a large value": Call(
+        lambda: nn.Linear(16, 20_000), lambda: torch.randn(1500, 16), {"outputs": [0]}
+    ),
     "without rules": Call(NoRules, lambda: torch.randn(300, 256)),
     "mapped": Call(lenet, images(2000, 1, 32), mapped=(2000, 10, 1, 32, 32)),
 }  # fmt: skip

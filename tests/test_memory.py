@@ -87,6 +87,14 @@ def test_a_history_that_does_not_fit_is_refused_before_it_is_made() -> None:
     assert least / 8 < peak["peak"] <= least
 
 
+def test_a_value_that_does_not_fit_is_refused_where_it_is_asked_for() -> None:
+    """Kept from chunk to chunk, then joined: twice its size."""
+    f, x = nn.Linear(16, 2_000), torch.randn(100, 16)
+    jacobian(f, x, outputs=[0], max_memory="1MiB")
+    with pytest.raises(BudgetError, match=r"what is kept takes 1\.5 MiB"):
+        batchjac.value_and_jacobian(f, x, outputs=[0], max_memory="1MiB")
+
+
 # The arithmetic of chunks.
 
 needs = st.builds(Need, saved=st.integers(0, 10**9), live=st.integers(1, 10**9))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,17 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
                 f"cannot differentiate it: {str(error).split('; expected')[0]}. Write into a "
                 "clone, or use the form that returns a new tensor"
             ) from error
+
+
+def without_graph(captured: Capture) -> Capture:
+    """What nesting the answer needs of a capture, without the memory of the forward."""
+    targets = {
+        name: replace(tree, leaves=tuple(t and replace(t, edge=None) for t in tree.leaves))
+        for name, tree in captured.targets.items()
+    }
+    values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
+    outputs = {k: torch.empty(0) for k in captured.outputs}
+    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, ())
 
 
 def _capture(
