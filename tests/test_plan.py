@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from batchjac.plan import Plan
 F64 = torch.float64
 
 
-def told(caplog: pytest.LogCaptureFixture, f: object, x: Tensor) -> tuple[str, list[str]]:
+def told(
+    caplog: pytest.LogCaptureFixture, f: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[str, list[str]]:
     """The plan as logged, and the lines about nodes without a rule."""
     caplog.clear()
     with caplog.at_level(logging.DEBUG, logger="batchjac"):
-        batchjac.jacobian(f, x)  # type: ignore[arg-type]
+        batchjac.jacobian(f, x)
     plans = [m for m in caplog.messages if m.startswith("plan\n")]
     assert len(plans) == 1
     return plans[0], [m for m in caplog.messages if m.startswith("nodes without a rule")]
@@ -59,7 +62,8 @@ def test_a_plan_does_not_change() -> None:
     plan = Plan(1, 1, 1, 1, "walk", "not asked", ways)
     ways["SinBackward0"] = "rows"
     assert plan.slow == {}
+    # what mypy objects to is what must fail
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.rows = 2  # type: ignore[misc]
+        plan.rows = 2  # type: ignore[misc]  # frozen
     with pytest.raises(TypeError):
-        plan.kernels["SinBackward0"] = "rows"  # type: ignore[index]
+        plan.kernels["SinBackward0"] = "rows"  # type: ignore[index]  # read-only

@@ -7,7 +7,7 @@ from typing import Any
 from torch.autograd.function import BackwardCFunction
 
 from batchjac.block import Block
-from batchjac.graph import Step
+from batchjac.graph import Edge, Step
 from batchjac.samples import Place, SampleAxis, broadcast
 
 Blocks = Sequence[Block | None]
@@ -143,6 +143,15 @@ def find_forward(step: Step) -> Forward | None:
 def forward_names() -> list[str]:
     """The names of all nodes that have a forward rule."""
     return sorted(_FORWARD)
+
+
+def only(step: Step, blocks: Blocks) -> tuple[Block, Edge]:
+    """The block and the edge of a node that has one of each."""
+    (block,) = blocks
+    (edge,) = step.edges
+    assert block is not None
+    assert edge is not None
+    return block, edge
 
 
 def elementwise(step: Step, at: SampleAxis) -> list[Place]:
