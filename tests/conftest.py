@@ -31,6 +31,14 @@ def device() -> torch.device:
     return torch.device(os.environ.get("BATCHJAC_TEST_DEVICE", "cpu"))
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What a test makes without naming a dtype is in double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def global_state() -> dict[str, object]:
     """The switches of torch that no call of ours may leave flipped."""
     return {

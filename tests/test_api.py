@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,13 @@ from torch import Tensor, nn
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference
 from batchjac.testing import jacobian_in_chunks
+from tests.common import N, Result, batch, close, diagonal, mlp
 
-# compiling and forward mode load scripts of torch's own that warn about their age
-pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
-N = 5
-
-
-@dataclass(frozen=True)
-class Result:
-    y: Tensor
-    extra: Any = None
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-
-
-def batch(*shape: int) -> Tensor:
-    return torch.randn(N, *(shape or (3,)))
-
-
-def diagonal(x: Tensor) -> Tensor:
-    return torch.diag_embed(x)
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # compiling and forward mode load scripts of torch's own that warn about their age
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 # The two functions.

@@ -1,6 +1,7 @@
 """What several forwards of one call must not change: values, state, answers."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,9 +42,11 @@ class Counts(nn.Module):
     ],
     ids=["branch", "detached"],
 )
-def test_a_value_that_depends_on_the_batch_is_refused_in_chunks(f: object) -> None:
+def test_a_value_that_depends_on_the_batch_is_refused_in_chunks(
+    f: Callable[[Tensor], Tensor],
+) -> None:
     x = halves()
-    whole = batchjac.jacobian(f, x)  # type: ignore[arg-type]
+    whole = batchjac.jacobian(f, x)
     assert whole.shape == (16, 3, 3)
     with pytest.raises(CouplingError, match="depends on which other samples"):
         jacobian_in_chunks(f, x, 12, 3)
@@ -110,7 +113,7 @@ def test_threads_share_a_model() -> None:
         for _ in range(30):
             try:
                 torch.testing.assert_close(batchjac.jacobian(net, x, wrt=wrt), want[wrt])
-            except Exception as error:
+            except Exception as error:  # a thread would lose it; the test looks at the list
                 wrong.append(error)
 
     threads = [threading.Thread(target=work, args=(w,)) for w in (None, "2.weight") * 2]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import batchjac
-from tests.conformance import MODULE_SAMPLES, OPERATOR_SAMPLES, modules, operators
+from tests.conformance import MODULE_SAMPLES, OPERATOR_SAMPLES, modules, operators, report
 from tests.conformance.__main__ import PAGE
 from tests.conformance.survey import Subject, count, survey
 from tests.conformance.verdict import Case, difference, judge
@@ -68,13 +70,39 @@ def test_nothing_has_left_the_databases() -> None:
     assert set(names) | set(layers) >= set(NEVER_RIGHT)
 
 
+def cells(page: str) -> list[list[str]]:
+    """The rows of every table on the page."""
+    lines = (line for line in page.splitlines() if line.startswith("|"))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def wrong_on(page: str) -> dict[str, str]:
+    """Every row that says of anything that it is wrong, in the overview or in a table."""
+    rows = cells(page)
+    column = rows[0].index("wrong")
+    counted = {row[0]: row[column] for row in rows[2:5] if row[column] != "0"}
+    return counted | {row[0]: cell for row in rows for cell in row if "**wrong" in cell}
+
+
 def test_the_page_has_all_of_them_and_nothing_wrong() -> None:
     page = PAGE.read_text()
-    assert "wrong 0" not in page
-    assert "**wrong" not in page, "an answer on the page is wrong"
-    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")}
+    assert [row[0] for row in cells(page)[2:5]] == ["operators", "modules", "architectures"]
+    assert wrong_on(page) == {}, "an answer on the page is wrong"
+    rows = {row[0] for row in cells(page)}
     assert {operators.label(op) for op in operators.operators()} <= rows, "run make docs"
     assert {info.name for info in modules.modules()} <= rows, "run make docs"
+
+
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["an operator", "a module", "an architecture"])
+@pytest.mark.parametrize("refused", [{}, {"CouplingError": 2}], ids=["alone", "beside an error"])
+def test_a_wrong_answer_is_seen_on_the_page(where: int, refused: dict[str, int]) -> None:
+    good = [Subject(name, outcomes=Counter(right=3)) for name in ("add", "Linear", "graphs")]
+    assert wrong_on(report.page({"math": good[:1]}, good[1:2], good[2:])) == {}
+    bad = list(good)
+    bad[where] = replace(good[where], outcomes=Counter(right=2, wrong=1), refused=Counter(refused))
+    found = wrong_on(report.page({"math": bad[:1]}, bad[1:2], bad[2:]))
+    what = ("operators", "modules", "architectures")[where]
+    assert found.keys() == {what, bad[where].name}
 
 
 def square(x: torch.Tensor) -> torch.Tensor:

@@ -13,34 +13,17 @@ from torch import Tensor, nn
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference
 from batchjac.errors import CouplingError, InputError
+from tests.common import N, batch, close, full_truth
 from tests.coupled import (
     COUPLED,
     NORMS,
     OTHERS,
+    Function,
     norm_1d,
     norm_2d,
 )
 
-pytestmark = pytest.mark.usefixtures("_double")
-Function = Callable[..., Any]
-N = 5
-
-
-@pytest.fixture
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def full_truth(f: Function, x: Tensor) -> Tensor:
-    """``[N, *out, N, *in]``, which is what PyTorch's own function returns."""
-    found: Tensor = torch.autograd.functional.jacobian(copy.deepcopy(f), x)
-    return found
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def sum_truth(f: Function, x: Tensor) -> Tensor:
@@ -48,22 +31,18 @@ def sum_truth(f: Function, x: Tensor) -> Tensor:
     return total.movedim(total.dim() - x.dim(), 0)
 
 
-def batch() -> Tensor:
-    return torch.randn(N, 4)
-
-
 @pytest.mark.parametrize("name", COUPLED)
 def test_refused(name: str) -> None:
     f = COUPLED[name]()
     with pytest.raises(CouplingError, match="outputs of one sample depend on other samples"):
-        jacobian(f, batch())
+        jacobian(f, batch(4))
     with pytest.raises(CouplingError, match="depends on another sample"):
-        reference.jacobian(f, batch())
+        reference.jacobian(f, batch(4))
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_full(name: str) -> None:
-    f, x = COUPLED[name](), batch()
+    f, x = COUPLED[name](), batch(4)
     found = jacobian(f, x, coupling="full")
     close(found, full_truth(f, x))
     close(found, reference.jacobian(f, x, coupling="full"))
@@ -71,7 +50,7 @@ def test_full(name: str) -> None:
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_sum(name: str) -> None:
-    f, x = COUPLED[name](), batch()
+    f, x = COUPLED[name](), batch(4)
     found = jacobian(f, x, coupling="sum")
     close(found, sum_truth(f, x))
     close(found, reference.jacobian(f, x, coupling="sum"))
@@ -100,7 +79,7 @@ def held_constant(model: nn.Module, x: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("name", NORMS)
 def test_frozen(name: str) -> None:
-    model, x = NORMS[name](), batch()
+    model, x = NORMS[name](), batch(4)
     y, found = value_and_jacobian(model, x, coupling="frozen")
     held = held_constant(model, x)
     close(found, jacobian(held, x))
@@ -111,7 +90,7 @@ def test_frozen(name: str) -> None:
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("wrt", ["parameters", "layer"])
 def test_frozen_for_parameters_and_layers(name: str, wrt: str) -> None:
-    model, x = NORMS[name](), batch()
+    model, x = NORMS[name](), batch(4)
     layer = "norm" if name == "over time" else "0"
     if wrt == "parameters" and not list(model.parameters()):
         return
@@ -124,7 +103,7 @@ def test_frozen_for_parameters_and_layers(name: str, wrt: str) -> None:
 def test_frozen_holds_only_batch_normalisation(name: str) -> None:
     """What couples samples by other means has no statistics to hold."""
     with pytest.raises(CouplingError, match="depend on other samples"):
-        jacobian(OTHERS[name](), batch(), coupling="frozen")
+        jacobian(OTHERS[name](), batch(4), coupling="frozen")
 
 
 @pytest.mark.parametrize("coupling", ["error", "frozen"])
@@ -145,7 +124,7 @@ def test_frozen_holds_only_batch_normalisation(name: str) -> None:
 )  # fmt: skip
 def test_norms_of_each_sample_alone(make: Callable[[], nn.Module], coupling: str) -> None:
     """Instance norm is torch's batch norm inside: its statistics are not of the batch."""
-    model, x = make(), batch()
+    model, x = make(), batch(4)
     whole = full_truth(model, x)
     close(jacobian(model, x, coupling=coupling), whole[torch.arange(N), ..., torch.arange(N), :])
 
@@ -153,7 +132,7 @@ def test_norms_of_each_sample_alone(make: Callable[[], nn.Module], coupling: str
 @pytest.mark.parametrize("name", ["1d", "2d", "attention over the batch", "contrast"])
 def test_full_for_parameters(name: str) -> None:
     """One answer for each output of each sample: every parameter is shared anyway."""
-    model, x = COUPLED[name](), batch()
+    model, x = COUPLED[name](), batch(4)
     assert isinstance(model, nn.Module)
     parameters = dict(model.named_parameters())
 
@@ -174,14 +153,14 @@ def test_full_for_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", ["1d", "2d", "contrast"])
 def test_parameters_are_refused_alike(name: str) -> None:
     with pytest.raises(CouplingError):
-        jacobian(COUPLED[name](), batch(), wrt="parameters")
+        jacobian(COUPLED[name](), batch(4), wrt="parameters")
     with pytest.raises(InputError, match='coupling="sum" has no meaning for parameters'):
-        jacobian(COUPLED[name](), batch(), wrt="parameters", coupling="sum")
+        jacobian(COUPLED[name](), batch(4), wrt="parameters", coupling="sum")
 
 
 @pytest.mark.parametrize("coupling", ["full", "sum"])
 def test_layers(coupling: str) -> None:
-    model, x = norm_1d(), batch()
+    model, x = norm_1d(), batch(4)
     h = model[0](x).detach()
     rest = nn.Sequential(*model[1:])
     truth = full_truth(rest, h) if coupling == "full" else sum_truth(rest, h)
@@ -192,7 +171,7 @@ def test_layers(coupling: str) -> None:
 
 
 def test_layers_after_the_coupling_are_apart() -> None:
-    model, x = norm_1d(), batch()
+    model, x = norm_1d(), batch(4)
     h = model[:2](x).detach()
     close(jacobian(model, x, wrt="1"), jacobian(nn.Sequential(*model[2:]), h))
     with pytest.raises(CouplingError):
@@ -202,7 +181,7 @@ def test_layers_after_the_coupling_are_apart() -> None:
 
 
 def test_of_a_layer_before_the_coupling() -> None:
-    model, x = norm_1d(), batch()
+    model, x = norm_1d(), batch(4)
     close(jacobian(model, x, of="0"), model[0].weight.detach().expand(N, 6, 4))
     with pytest.raises(CouplingError):
         jacobian(model, x, of="1")
@@ -213,8 +192,8 @@ def test_one_of_two_outputs_is_enough_to_refuse() -> None:
         return {"apart": x.sin(), "coupled": x - x.mean(0)}
 
     with pytest.raises(CouplingError):
-        jacobian(f, batch())
-    x = batch()
+        jacobian(f, batch(4))
+    x = batch(4)
     found = jacobian(f, x, coupling="sum")
     close(found["apart"], torch.diag_embed(x.cos()))
     close(found["coupled"], torch.zeros(N, 4, 4))
@@ -222,12 +201,12 @@ def test_one_of_two_outputs_is_enough_to_refuse() -> None:
 
 def test_one_of_two_inputs_is_enough_to_refuse() -> None:
     with pytest.raises(CouplingError):
-        jacobian(lambda a, b: a + b.mean(0), (batch(), batch()))
+        jacobian(lambda a, b: a + b.mean(0), (batch(4), batch(4)))
 
 
 @pytest.mark.parametrize("coupling", ["full", "sum", "frozen"])
 def test_selected_outputs(coupling: str) -> None:
-    model, x = norm_1d(), batch()
+    model, x = norm_1d(), batch(4)
     whole = jacobian(model, x, coupling=coupling)
     close(jacobian(model, x, coupling=coupling, outputs=[1]), whole[:, [1]])
     close(jacobian(model, x, coupling=coupling, outputs=-1), whole[:, 1])
@@ -238,7 +217,7 @@ def test_selected_outputs(coupling: str) -> None:
 
 
 def test_a_selection_per_sample_is_summed_as_selected() -> None:
-    model, x = norm_1d(), batch()
+    model, x = norm_1d(), batch(4)
     each = torch.tensor([0, 1, 1, 0, 1])
     whole = full_truth(model, x)
     expected = whole[torch.arange(N), each].sum(0)
@@ -247,7 +226,7 @@ def test_a_selection_per_sample_is_summed_as_selected() -> None:
 
 @pytest.mark.parametrize("coupling", ["full", "sum"])
 def test_a_history(coupling: str) -> None:
-    model, x = norm_1d(), batch().requires_grad_()
+    model, x = norm_1d(), batch(4).requires_grad_()
     found = jacobian(model, x, coupling=coupling, create_graph=True)
     expected = reference.jacobian(model, x, coupling=coupling, create_graph=True)
     goals = [x, model[0].weight]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,39 +9,18 @@ from torch import Tensor, nn
 from batchjac import jacobian
 from batchjac.errors import CouplingError
 from batchjac.testing import jacobian_in_chunks
+from tests.common import N, batch, close, full_truth
 from tests.coupled import (
     OTHERS,
     BatchAttention,
     Contrast,
+    Function,
     norm_1d,
     norm_2d,
     two_norms,
 )
 
-pytestmark = pytest.mark.usefixtures("_double")
-Function = Callable[..., Any]
-N = 5
-
-
-@pytest.fixture
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def full_truth(f: Function, x: Tensor) -> Tensor:
-    """``[N, *out, N, *in]``, which is what PyTorch's own function returns."""
-    found: Tensor = torch.autograd.functional.jacobian(copy.deepcopy(f), x)
-    return found
-
-
-def batch() -> Tensor:
-    return torch.randn(N, 4)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # Finding it.
@@ -91,7 +66,7 @@ class OnlyWhenPositive(nn.Module):
 
 
 def test_what_is_looked_at_is_this_run() -> None:
-    model, x = OnlyWhenPositive(), batch()
+    model, x = OnlyWhenPositive(), batch(4)
     for first in (-1.0, 1.0, -1.0, 1.0):  # the second time is as strict as the first
         x[0, 0] = first
         if first > 0:
@@ -106,7 +81,7 @@ def test_small_chunks_are_looked_at_too(samples: int) -> None:
     alone = [] if samples == 1 else [norm_1d()]  # torch itself refuses one sample
     for f in (*alone, OTHERS["mean subtraction"](), OTHERS["without rules"]()):
         with pytest.raises(CouplingError):
-            jacobian_in_chunks(f, batch(), samples, 1)
+            jacobian_in_chunks(f, batch(4), samples, 1)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +99,7 @@ def test_small_chunks_are_looked_at_too(samples: int) -> None:
          "outer product"],
 )  # fmt: skip
 def test_what_only_looks_coupled_passes(f: Function) -> None:
-    x = batch()
+    x = batch(4)
     whole = full_truth(f, x)
     close(jacobian(f, x), whole[torch.arange(N), ..., torch.arange(N), :])
 
@@ -160,14 +135,14 @@ def test_the_error_names_the_module_and_the_remedy(name: str) -> None:
     make, says = NAMES[name]
     model = make()
     with pytest.raises(CouplingError, match=says) as caught:
-        jacobian(model, batch())
+        jacobian(model, batch(4))
     said, normalises = str(caught.value), "BatchNorm" in says
     assert all(remedy in said for remedy in FOR_ALL)
     assert [remedy in said for remedy in FOR_NORMS] == [normalises] * len(FOR_NORMS)
 
 
 def test_the_remedies_work() -> None:
-    model, x = Nested(), batch()
+    model, x = Nested(), batch(4)
     for coupling, shape in (("frozen", (N, 2, 4)), ("sum", (N, 2, 4)), ("full", (N, 2, N, 4))):
         assert jacobian(model, x, coupling=coupling).shape == shape
     assert jacobian(model.eval(), x).shape == (N, 2, 4)

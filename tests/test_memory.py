@@ -23,6 +23,7 @@ import batchjac.job
 from batchjac import jacobian, memory
 from batchjac.errors import BudgetError
 from batchjac.memory import Chunk, Need
+from batchjac.testing import jacobian_in_chunks
 from tests.peak import CALLS
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,8 @@ MIB = 1 << 20
 PLENTY = 16 << 10  # as if there were no limit
 BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "conv": (64, 128, 256),
-    "many outputs": (64, 128, 256),
+    "many outputs": (32, 64, 128, 256),
+    "many outputs at the first call": (32, 64),
     "transformer": (64, 128, 256),
     "parameters": (64, 128, 256),
     "forward": (32, 64, 128),
@@ -85,6 +87,14 @@ def test_a_history_that_does_not_fit_is_refused_before_it_is_made() -> None:
         jacobian(model, x, max_memory=least - 1, **call.options)
     (peak,) = measured("with a history", -(-least // MIB))
     assert least / 8 < peak["peak"] <= least
+
+
+def test_a_value_that_does_not_fit_is_refused_where_it_is_asked_for() -> None:
+    """Kept from chunk to chunk, then joined: twice its size."""
+    f, x = nn.Linear(16, 2_000), torch.randn(100, 16)
+    jacobian(f, x, outputs=[0], max_memory="1MiB")
+    with pytest.raises(BudgetError, match=r"what is kept takes 1\.5 MiB"):
+        batchjac.value_and_jacobian(f, x, outputs=[0], max_memory="1MiB")
 
 
 # The arithmetic of chunks.
@@ -248,6 +258,68 @@ def test_out_of_memory_in_the_walk_halves_samples_or_rows(
     samples = {n for n, _ in sizes}
     assert max(n * rows for n, rows in sizes) > 20
     assert (samples == {6}) == (coupling != "error")
+
+
+FOREVER = 30  # more attempts than halving can make of what is asked here
+
+
+def spent(fits: int) -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    """So many forwards fit; later ones never do, however small. And the samples that each had."""
+    came: list[int] = []
+
+    def f(x: Tensor) -> Tensor:
+        came.append(len(x))
+        if len(came) > FOREVER:
+            pytest.fail("the same attempt is made again and again")
+        if len(came) > fits:
+            raise MemoryError
+        return x.repeat(1, 3).sin()
+
+    return f, came
+
+
+def test_a_later_sample_whose_forward_never_fits_ends_it() -> None:
+    """The rows of the walk before say nothing about a forward; fewer of them would not help it."""
+    f, came = spent(fits=3)
+    with pytest.raises(BudgetError, match="out of memory with one sample"):
+        jacobian_in_chunks(f, torch.randn(4, 3), 1, 9)
+    # two are taken together once by the probe, and once to see that the first one's value stays
+    assert came == [1, 2, 2, 1]
+
+
+def test_a_whole_batch_whose_second_forward_never_fits_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk = batchjac.job.walk
+
+    def limited(graph: Any, seeds: Any, *rest: Any, **more: Any) -> Any:
+        (block,) = seeds.values()
+        if block.rows > 2:
+            raise MemoryError
+        return walk(graph, seeds, *rest, **more)
+
+    monkeypatch.setattr(batchjac.job, "walk", limited)
+    f, came = spent(fits=1)
+    with pytest.raises(BudgetError, match="out of memory with the whole batch"):
+        jacobian(f, torch.randn(4, 3), coupling="sum")
+    assert came == [4, 4]
+
+
+def test_halving_that_makes_nothing_smaller_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should what ran out ever be chosen again, that is an error and no endless loop."""
+    walks = []
+
+    def full(graph: Any, *rest: Any, **more: Any) -> Any:
+        walks.append(graph)
+        if len(walks) > FOREVER:
+            pytest.fail("the same attempt is made again and again")
+        raise MemoryError
+
+    monkeypatch.setattr(batchjac.job, "walk", full)
+    # where the next attempt is bounded by the last, the bound is lost
+    monkeypatch.setattr(batchjac.solve, "min", lambda chosen, bound: chosen, raising=False)
+    with pytest.raises(AssertionError, match="no smaller than the last"):
+        jacobian(nn.Linear(3, 8), torch.randn(4, 3), coupling="sum")
 
 
 LIMIT = """

@@ -18,10 +18,13 @@ from torch.nn import functional as F
 import batchjac
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference
+from tests.common import N, Result, batch, close, diagonal, mlp
 
-# compiling and forward mode load scripts of torch's own that warn about their age
-pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
-N = 5
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # compiling and forward mode load scripts of torch's own that warn about their age
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 Pair = namedtuple("Pair", ["left", "right"])
 
 
@@ -35,35 +38,6 @@ class Batch:
     image: Tensor
     label: Tensor
     note: str = "kept"
-
-
-@dataclass(frozen=True)
-class Result:
-    y: Tensor
-    extra: Any = None
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-
-
-def batch(*shape: int) -> Tensor:
-    return torch.randn(N, *(shape or (3,)))
-
-
-def diagonal(x: Tensor) -> Tensor:
-    return torch.diag_embed(x)
 
 
 # Nesting: outputs over inputs.

@@ -19,6 +19,7 @@ ORDER = (
     "tree",
     "state",
     "plain",
+    "pooling",
     "problem",
     "graph",
     "capture",
@@ -158,6 +159,21 @@ print(*sorted({set(HEAVY)!r} & sys.modules.keys() - before))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_a_first_call_loads_no_symbolic_algebra():
+    """A third of a second and 34 MiB, which torch takes when autograd.grad is given a cotangent."""
+    script = """
+import sys, torch, batchjac
+assert "sympy" not in sys.modules
+batchjac.jacobian(torch.nn.Linear(3, 2), torch.randn(4, 3))
+print("sympy" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"]
 
 
 def test_the_core_works_with_torch_alone():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ F64 = torch.float64
 
 
 def told(
-    caplog: pytest.LogCaptureFixture, f: object, x: Tensor, mode: str = "auto"
+    caplog: pytest.LogCaptureFixture, f: Callable[[Tensor], Tensor], x: Tensor, mode: str = "auto"
 ) -> tuple[str, list[str]]:
     """The plan as logged, and the lines about nodes without a rule."""
     caplog.clear()
     with caplog.at_level(logging.DEBUG, logger="batchjac"):
-        batchjac.jacobian(f, x, mode=mode)  # type: ignore[arg-type]
+        batchjac.jacobian(f, x, mode=mode)
     plans = [m for m in caplog.messages if m.startswith("plan\n")]
     assert len(plans) == 1
     return plans[0], [m for m in caplog.messages if m.startswith("nodes without a rule")]
@@ -65,10 +66,11 @@ def test_a_plan_does_not_change() -> None:
     plan = Plan(1, 1, 1, 1, "walk", "not asked", ways)
     ways["SinBackward0"] = "rows"
     assert plan.slow == {}
+    # what mypy objects to is what must fail
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.rows = 2  # type: ignore[misc]
+        plan.rows = 2  # type: ignore[misc]  # frozen
     with pytest.raises(TypeError):
-        plan.kernels["SinBackward0"] = "rows"  # type: ignore[index]
+        plan.kernels["SinBackward0"] = "rows"  # type: ignore[index]  # read-only
 
 
 def mlp(*widths: int) -> nn.Module:

@@ -133,5 +133,5 @@ def value_and_jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched,
     )  # fmt: skip
-    solution = solve(problem, max_memory, out)
+    solution = solve(problem, max_memory, out, valued=True)
     return solution.value(), solution.jacobian

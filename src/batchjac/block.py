@@ -8,6 +8,7 @@ block has no batch axis until something depends on the sample.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``data [V, *s]`` for a tensor of ``shape``, each ``s`` equal to the shape's or 1."""
+    """Rows ``data [V, *s]`` for a tensor of ``shape``, each ``s`` equal to the shape's or 1.
+
+    ``owned``: the walk made this memory, and nothing else refers to it.
+    """
 
     data: Tensor
     shape: tuple[int, ...]
+    owned: bool = False
 
     def __post_init__(self) -> None:
         assert self.data.dim() == len(self.shape) + 1, (self.data.shape, self.shape)
@@ -33,6 +38,15 @@ class Block:
 
     def with_data(self, data: Tensor) -> "Block":
         return Block(data, self.shape)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the rows may be overwritten in place by others of the same shape."""
+        return self.owned and self.data.shape[1:] == self.shape and 0 not in self.data.stride()
+
+    def owned_if(self, owned: bool) -> "Block":
+        """The same rows, known to be the walk's own or not."""
+        return self if owned == self.owned else Block(self.data, self.shape, owned)
 
     def spread(self, *dims: int) -> Tensor:
         """``data`` with the axes ``dims`` of the tensor at their full size, the others as is."""
@@ -85,8 +99,11 @@ class Block:
         return Block(self.data.reshape(sizes), shape)
 
     def plus(self, other: "Block") -> "Block":
-        """The sum of two blocks of one tensor."""
-        return Block(self.data + other.data, self.shape)
+        """The sum of two blocks of one tensor; in place where the rows may be overwritten."""
+        if self.writable:
+            self.data.add_(other.data)
+            return self
+        return other.plus(self) if other.writable else Block(self.data + other.data, self.shape)
 
     def to(self, dtype: torch.dtype) -> "Block":
         """The same rows in another dtype; complex to real keeps the real part, as autograd does."""
@@ -96,7 +113,8 @@ class Block:
         return Block(data.to(dtype), self.shape)
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+@lru_cache(maxsize=1024)
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """The shortest runs of axes of ``old`` and ``new`` that hold the same number of elements."""
     if 0 in old or 0 in new:
         return [(list(range(len(old))), list(range(len(new))))]

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
 from batchjac.plain import plainly
+from batchjac.pooling import quick_pooling
 from batchjac.problem import Problem, check_boundary, differentiable, layer
 from batchjac.state import normal
 from batchjac.tree import Tree, flatten
@@ -92,6 +93,17 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
             ) from error
 
 
+def without_graph(captured: Capture) -> Capture:
+    """What nesting the answer needs of a capture, without the memory of the forward."""
+    targets = {
+        name: replace(tree, leaves=tuple(t and replace(t, edge=None) for t in tree.leaves))
+        for name, tree in captured.targets.items()
+    }
+    values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
+    outputs = {k: torch.empty(0) for k in captured.outputs}
+    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, ())
+
+
 def _capture(
     problem: Problem, samples: slice, stack: contextlib.ExitStack, freeze: bool
 ) -> Capture:
@@ -108,7 +120,7 @@ def _capture(
         inputs = _targets(problem.tree, leaves, edges)
         attempt.enter_context(_hooks(problem, seen))
         # its own mode: a function may leave gradients switched off
-        with torch.enable_grad(), _noticed(seen):
+        with torch.enable_grad(), _noticed(seen), quick_pooling():
             result = problem.call(leaves)
         stack.push(attempt.pop_all())
     if problem.of is not None:
@@ -202,16 +214,18 @@ def _copy(output: Any) -> Any:
 @contextlib.contextmanager
 def _noticed(seen: _Seen) -> Iterator[None]:
     """Notice a gradient hook put on a tensor in the forward; nodes do not show theirs."""
-    original = Tensor.register_hook
+    original: Callable[..., Any] = Tensor.register_hook
 
     def register_hook(self: Tensor, hook: Any) -> Any:
         seen.hooked = True
-        return original(self, hook)  # type: ignore[no-untyped-call]
+        return original(self, hook)
 
+    # mypy forbids replacing a method; for the forward alone that is what is meant
     Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:
         yield
     finally:
+        # the method itself, put back
         Tensor.register_hook = original  # type: ignore[method-assign]
 
 

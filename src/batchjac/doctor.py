@@ -265,8 +265,12 @@ def _compare(name: str, engine: Engine, truth: Engine, model: nn.Module, x: Tens
 def _listening() -> Iterator[list[logging.LogRecord]]:
     """Everything our logger says meanwhile, kept from the console."""
     records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.handle = records.append  # type: ignore[assignment, method-assign]
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler = Listener()
     log = logging.getLogger("batchjac")
     level, propagate = log.level, log.propagate
     log.addHandler(handler)

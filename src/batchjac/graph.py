@@ -71,8 +71,8 @@ class Step:
 
 def _signed(value: Any) -> Any:
     """Undo autograd's storing of negative dims as unsigned 64-bit integers."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 63:
-        return value - (1 << 64)
+    if type(value) is int:
+        return value - (1 << 64) if value >= 1 << 63 else value
     if isinstance(value, tuple):
         return tuple(_signed(v) for v in value)
     return value

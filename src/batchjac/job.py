@@ -123,6 +123,13 @@ class Job:
 
         return leaks(self.y, self.witnesses, push)
 
+    def shape(self, goal: Goal) -> tuple[int, ...]:
+        """``[N, *out, *in]`` for all samples; with the full coupling ``[N, *out, N, *in]``."""
+        inner = goal.target.shape
+        if goal.target.per_sample and self.problem.coupling != "full":
+            inner = inner[1:]
+        return (self.problem.samples, *self.seeds.shape, *inner)
+
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""
         return [g for g in self.goals if g.slot[0] not in self.graph.reaches]

@@ -4,9 +4,9 @@ oneDNN's linear layer multiplies float32 matrices up to twice as fast as ``torch
 MKL does not know, and no faster on others. The operator is private to torch, so it is looked for,
 checked against ``torch.mm`` and timed before it is trusted.
 
-A convolution toward its input has three kernels, and which is fastest differs from layer to layer
+A convolution toward its input has four kernels, and which is fastest differs from layer to layer
 by up to six times: the operator that autograd calls, the same product posed as a convolution of
-its own, and a matrix product for each image with ``col2im``.
+its own, that with the channels last in memory, and a matrix product for each image with ``col2im``.
 """
 
 import functools
@@ -116,17 +116,24 @@ class Convolution:
 TowardInput = Callable[[Tensor, Tensor, Sequence[int], Convolution], Tensor]
 
 
-def convolution(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """Cotangents ``g[n, o, q]`` of the layer's output, toward its input of these ``sizes``."""
+def convolution(
+    g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution, onward: bool = False
+) -> Tensor:
+    """Cotangents ``g[n, o, q]`` of the layer's output, toward its input of these ``sizes``.
+
+    ``onward``: what comes next takes any order of axes in memory, so that channels may stay last.
+    """
     each = g[:1].numel() * w[:1].numel() if layer.transposed else g[:1].numel() * w[0].numel()
     if not (_measured(g) and _measured(w)) or len(g) * each < _SMALL_CONVOLUTION:
         return backward(g, w, sizes, layer)
     trial = min(len(g), max(1, _TRIAL_BYTES // g[:1].nbytes))
     trial = 1 << trial.bit_length() - 1  # few different trials for one layer
     shape = (trial, *g.shape[1:])
+    last = not g.is_contiguous() and g.movedim(1, -1).is_contiguous()
     kernel = _fastest_convolution(
-        layer, shape, tuple(w.shape), (trial, *sizes[1:]), g.dtype, torch.get_num_threads()
-    )
+        layer, shape, tuple(w.shape), (trial, *sizes[1:]), g.dtype, torch.get_num_threads(),
+        last, onward,
+    )  # fmt: skip
     return kernel(g, w, sizes, layer)
 
 
@@ -138,21 +145,28 @@ def _fastest_convolution(
     sizes: tuple[int, ...],
     dtype: torch.dtype,
     threads: int,
+    last: bool,
+    onward: bool,
 ) -> TowardInput:
     """Of the kernels that agree with autograd's own on random numbers, the fastest.
 
-    ``posed`` unless another wins clearly: on more images than are tried it gains on ``backward``,
-    which makes room for an input that it does not read.
+    The first unless another wins clearly. ``channels_last`` spares the next convolution the copy
+    that this one may need; ``posed`` on more images than are tried gains on ``backward``, which
+    makes room for an input that it does not read. ``last``: the channels come last in memory.
     """
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(shape, generator=generator, dtype=dtype)
+    if last:
+        g = g.movedim(1, -1).contiguous().movedim(-1, 1)
     w = torch.randn(weight, generator=generator, dtype=dtype)
     expected = backward(g, w, sizes, layer)
     near = 1e-5 * math.sqrt(math.prod(weight))
     right = [backward]
-    for other in (columns, posed):
+    for other in (columns, posed, channels_last if onward else channels_last_within):
         if other is columns and not _has_columns(layer, g):
             continue
+        if g.dim() == 5 and other in (channels_last, channels_last_within):
+            continue  # three axes have a layout of their own, which oneDNN does not gain from
         try:
             found = other(g, w, sizes, layer)
         except RuntimeError:  # sizes that the kernel does not take
@@ -191,6 +205,24 @@ def posed(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Ten
         g, w, None, layer.stride, layer.padding, layer.dilation, not layer.transposed, rest,
         layer.groups,
     )  # fmt: skip
+
+
+def channels_last(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
+    """The same with the channels of every place side by side in memory, and left so."""
+    if g.dim() == 3:
+        flat = replace(
+            layer, stride=(1, *layer.stride), padding=(0, *layer.padding),
+            dilation=(1, *layer.dilation), output_padding=(0, *layer.output_padding),
+        )  # fmt: skip
+        wide = (*sizes[:2], 1, *sizes[2:])
+        return channels_last(g.unsqueeze(2), w.unsqueeze(2), wide, flat).squeeze(2)
+    laid = [t.contiguous(memory_format=torch.channels_last) for t in (g, w)]
+    return posed(laid[0], laid[1], sizes, layer)
+
+
+def channels_last_within(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
+    """The same, its result in the usual order."""
+    return channels_last(g, w, sizes, layer).contiguous()
 
 
 def columns(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:

@@ -45,6 +45,7 @@ def _innermost(spans: list[tuple[str, int, int]], step: Step, offset: int) -> st
 @contextlib.contextmanager
 def _spans(module: nn.Module, spans: list[tuple[str, int, int]]) -> Iterator[None]:
     """Note, for every call of a submodule, the node numbers handed out while it ran."""
+    # private: torch's own types leave it out, though the module has it
     number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
     handles = []
     for path, child in module.named_modules():

@@ -3,8 +3,9 @@
     peak = result + samples * (saved + rows * live)
 
 ``saved`` is what the forward keeps for one sample, ``live`` the largest sum of blocks that exist
-at one moment of the walk, for one sample and one row. Not counted are the few MiB that libraries
-keep for themselves in a process, such as the kernels oneDNN has compiled.
+at one moment of the walk, for one sample and one row. Not counted is what libraries keep for
+themselves from the first call in a process on: a few MiB such as the kernels oneDNN has compiled,
+and the pages of torch's own code, about 20 MiB, which the system may drop.
 """
 
 import ctypes

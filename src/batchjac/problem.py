@@ -5,7 +5,7 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,10 @@ def pose(
             "differentiate; convert it with x.float(), or name an inner layer, for instance the "
             "embedding, with wrt="
         )
+    kind = cast(Coupling, coupling)  # _check_choice has let no other text through
     return Problem(
         function, module, inputs, tree, size, wanted, named, of, outputs,
-        coupling, create_graph, batched, mode,  # type: ignore[arg-type]  # checked above
+        kind, create_graph, batched, cast(Mode, mode),
     )  # fmt: skip
 
 

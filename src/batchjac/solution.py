@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchjac.errors import BatchAxisError
-from batchjac.tree import Tree
+from batchjac.tree import Tree, flatten
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Solution:
         sizes = [count for count, _ in self.chunks]
         joined = [_joined(c, sizes, p) for c, p in zip(columns, trees[0].paths, strict=True)]
         return trees[0].build(joined)
+
+
+def kept(values: Tree, asked: bool, history: bool) -> Tree:
+    """What stays of the value of one chunk: nothing but its nesting unless it was asked for."""
+    if history:
+        return values
+    return flatten(values.map(detached if asked else lambda leaf: None))
 
 
 def detached(leaf: Any) -> Any:

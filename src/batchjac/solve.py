@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchjac import memory, verify
 from batchjac.answer import Part, nest
-from batchjac.capture import Capture, capture
+from batchjac.capture import Capture, capture, without_graph
 from batchjac.engines.mixed import NoRoute
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import (
@@ -30,9 +30,9 @@ from batchjac.memory import Chunk
 from batchjac.plan import Forecast, Plan
 from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
-from batchjac.solution import Solution, detached
+from batchjac.solution import Solution, kept
 from batchjac.state import untouched
-from batchjac.tree import Tree, flatten
+from batchjac.tree import Tree
 
 log = logging.getLogger("batchjac")
 
@@ -40,9 +40,13 @@ _LOOK = 1 << 20  # entries of an input looked at together: what that copies is o
 
 
 def solve(
-    problem: Problem, max_memory: int | str | None, out: Any, fixed: Chunk | None = None
+    problem: Problem,
+    max_memory: int | str | None,
+    out: Any,
+    fixed: Chunk | None = None,
+    valued: bool = False,
 ) -> Solution:
-    """The Jacobian of a posed problem, and its value; ``fixed`` chunks are for tests."""
+    """The Jacobian of a posed problem, its value if ``valued``; ``fixed`` chunks are for tests."""
     if out is not None and problem.create_graph:
         raise OutError("out= and create_graph=True exclude each other: a history needs new tensors")
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
@@ -51,7 +55,8 @@ def solve(
     with untouched(problem.module) as restore:
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
-        run = _Run(problem, allowed, max_memory is not None, out, fixed, restore)
+        given = (allowed, max_memory is not None, out, fixed, valued, restore)
+        run = _Run(problem, *given)
         try:
             return run.answer()
         except CouplingError:
@@ -59,7 +64,7 @@ def solve(
                 raise
         # one sample at a time there is nothing to couple: vmap did it (torch.roll of a scalar)
         plain = replace(problem, vmapped=False)
-        return _Run(plain, allowed, max_memory is not None, out, fixed, restore).answer()
+        return _Run(plain, *given).answer()
 
 
 def _count_nan(problem: Problem) -> None:
@@ -87,6 +92,7 @@ class _Run:
     told: bool  # the caller set the budget
     out: Any
     fixed: Chunk | None
+    valued: bool  # the value is part of the answer
     restore: Callable[[], None]  # every forward finds the module as the first did
     sinks: dict[Part, Sink] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=Kernels)
@@ -97,6 +103,7 @@ class _Run:
     result: int = 0  # bytes, unless the caller brought the memory
     heap: memory.Heap = field(default_factory=memory.Heap)
     by_engine: bool = False  # rows go one at a time through autograd, hooks and all
+    ran: bool = False  # the function was called, which may have changed its module
     checked: bool = False  # a chunk of at least two samples was looked at
     independence: str = "not asked"
     rows: int = 0  # of the last walk
@@ -116,7 +123,7 @@ class _Run:
             stop = min(n, start + self.chunk.samples)
             try:
                 done = self._part(slice(start, stop))
-            except Exception as error:
+            except Exception as error:  # torch has no one class for memory that ran out
                 if not is_out_of_memory(error):
                     raise
                 done = False
@@ -130,7 +137,9 @@ class _Run:
         return Solution(self.values, j)
 
     def _shrink(self, samples: int, error: Exception) -> None:
-        """Half the samples, else half the rows, after memory ran out."""
+        """Half the samples, else half the rows, after memory ran out; so there is an end of it."""
+        smaller = samples <= self.most.samples and self.rows <= self.most.rows
+        assert smaller, "no smaller than the last attempt"
         if samples > 1 and not self.whole:
             log.warning("out of memory with %d samples at a time; trying half", samples)
             self.most = replace(self.most, samples=samples // 2)
@@ -157,7 +166,10 @@ class _Run:
 
     def _part(self, samples: slice) -> bool:
         """One chunk of samples, from its forward to the sinks; False if it must be smaller."""
-        self.restore()
+        if self.ran:
+            self.restore()
+        self.ran = True
+        self.rows, self.need = 0, None  # fewer rows do not help a forward that runs out
         with capture(self.problem, samples) as captured:
             try:
                 return self._captured(samples, captured)
@@ -173,7 +185,6 @@ class _Run:
             self.problem = without_routes(self.problem, "hooks on gradients")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
-        self.rows, self.need = 0, None
         self.forecasts = [(c.forecast, c.taken) for job in work for c in job.considered.values()]
         here = self.chunk
         first = not self.sinks
@@ -198,9 +209,8 @@ class _Run:
         self.rows = min(here.rows, self.most.rows)
         for job in work:
             self._fill(job, captured, self.rows)
-        kept = captured.values.map(detached) if not self.problem.create_graph else None
-        tree = flatten(kept) if kept is not None else captured.values
-        self.values.append((captured.samples, tree))
+        values = kept(captured.values, self.valued, self.problem.create_graph)
+        self.values.append((captured.samples, values))
         if first and captured.samples < self.problem.samples and not self.whole:
             self._compare_part(samples, captured)
         return True
@@ -244,16 +254,19 @@ class _Run:
 
     def _allocate(self, captured: Capture, work: Sequence[Job]) -> None:
         """The sinks, once the first capture has shown the shapes."""
-        self.skeleton = _without_graph(captured)
+        self.skeleton = without_graph(captured)
         goals = [(job, goal) for job in work for goal in job.goals]
         if self.out is not None and len(goals) != 1:
             raise OutError(
                 f"out= takes one Jacobian, but this question has {len(goals)} (several outputs, "
                 "inputs, layers or parameters); ask for one of them, or leave out= away"
             )
-        shapes = [_shape(self.problem, job, goal) for job, goal in goals]
+        shapes = [job.shape(goal) for job, goal in goals]
         own = [size(s, g.target.dtype) for s, (_, g) in zip(shapes, goals, strict=True)]
         self.result = 0 if self.out is not None else sum(own)
+        if self.valued:  # in chunks, and joined
+            each = sum(y.nbytes for y in captured.outputs.values()) // captured.samples
+            self.result += 2 * self.problem.samples * each
         if self.problem.create_graph and self.told:
             graphs, n = [job.graph for job in work], self.problem.samples
             memory.check_history(
@@ -327,7 +340,7 @@ class _Run:
         """Do something that walks; where the walk fails, do it again by the engine."""
         try:
             act()
-        except Exception as error:
+        except Exception as error:  # whatever a node raises: autograd's engine decides
             ours = isinstance(error, BatchjacError | NoRoute) or is_out_of_memory(error)
             if self.by_engine or ours:
                 raise
@@ -377,22 +390,3 @@ class _Run:
             directions=tuple(line for f, taken in self.forecasts for line in f.lines(taken))
             or ("plain reverse",),
         )  # fmt: skip
-
-
-def _without_graph(captured: Capture) -> Capture:
-    """What nesting the answer needs of a capture, without the memory of the forward."""
-    targets = {
-        name: replace(tree, leaves=tuple(t and replace(t, edge=None) for t in tree.leaves))
-        for name, tree in captured.targets.items()
-    }
-    values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
-    outputs = {k: torch.empty(0) for k in captured.outputs}
-    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, ())
-
-
-def _shape(problem: Problem, job: Job, goal: Goal) -> tuple[int, ...]:
-    """``[N, *out, *in]``; with the full coupling ``[N, *out, N, *in]``."""
-    inner = goal.target.shape
-    if goal.target.per_sample and problem.coupling != "full":
-        inner = inner[1:]
-    return (problem.samples, *job.seeds.shape, *inner)

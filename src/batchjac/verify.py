@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from batchjac.capture import Capture, capture
+from batchjac.engines.rows import pull
 from batchjac.job import Goal, Job
 from batchjac.problem import Problem
 from batchjac.sink import Sink
@@ -80,7 +81,7 @@ def _looked_at(captured: Capture) -> list[Tensor]:
         if y.requires_grad and edges:
             weights = torch.linspace(0, 1, y.numel(), dtype=y.dtype, device=y.device)
             cotangent = weights.cos().reshape(y.shape)
-            grads = torch.autograd.grad(y, edges, cotangent, retain_graph=True, allow_unused=True)
+            grads = pull(y, edges, cotangent)
             found += [torch.zeros(()) if g is None else g for g in grads]
     return found
 
@@ -111,9 +112,7 @@ def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
         return None
     weights = _weights(job)
     cotangent = job.seeds.combined(weights)
-    expected = torch.autograd.grad(
-        job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
-    )
+    expected = pull(job.y, [g.edge for g in goals], cotangent)
     pairs = [
         (_contracted(job, g, sinks[g.part], weights), e)
         for g, e in zip(goals, expected, strict=True)
@@ -141,9 +140,7 @@ def _first_row_agrees(
     if job.seeds.across or any(not g.target.per_sample for g in goals):
         return True
     cotangent = job.seeds.block(0, 1).full()[0]
-    expected = torch.autograd.grad(
-        job.y, [g.edge for g in goals], cotangent, retain_graph=True, allow_unused=True
-    )
+    expected = pull(job.y, [g.edge for g in goals], cotangent)
     rows = [sinks[g.part].chunk(job.samples)[:, 0].detach() for g in goals]
     return all(
         not _differ_in_kind(ours, theirs) and _off(ours, theirs) <= tolerance * _size(theirs)
@@ -157,7 +154,7 @@ def _largest(job: Job, cotangent: Tensor) -> float:
     edges = [
         GradientEdge(step.node, k) for step in job.graph.steps for k in range(len(step.outputs))
     ]
-    grads = torch.autograd.grad(job.y, edges, cotangent, retain_graph=True, allow_unused=True)
+    grads = pull(job.y, edges, cotangent)
     return max((_size(g) for g in grads if g is not None), default=0.0)
 
 

@@ -89,7 +89,10 @@ def _case(
     **options: Any,
 ) -> Case:  # fmt: skip
     detail = f"({given.detail})"
-    build = lambda: (kind(function, given), given.inputs)  # noqa: E731
+
+    def build() -> tuple[Function, Any]:
+        return kind(function, given), given.inputs
+
     return Case(label(op), route, detail, build, options)
 
 
@@ -147,6 +150,6 @@ def is_random(single: Case) -> bool:
     f, inputs = single.build()
     try:
         torch.vmap(f, randomness="error")(*inputs)
-    except Exception as error:
+    except Exception as error:  # vmap fails in many ways; only this one is about randomness
         return "randomness" in str(error)
     return False

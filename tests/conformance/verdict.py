@@ -97,7 +97,7 @@ def _attempt(engine: Callable[..., Any], case: Case) -> Any:
             starts = tuple(t.clone().requires_grad_(t.is_floating_point()) for t in inputs)
             found = engine(f, starts, **case.options)
             return found, _second(found, starts)
-        except Exception as error:
+        except Exception as error:  # of any class: it is the answer, compared like any other
             return error
 
 
@@ -106,7 +106,7 @@ def forward(case: Case, seed: int = SEED) -> Any:
     with _prepared(case, seed) as (f, inputs):
         try:
             return f(*(t.clone() for t in inputs))
-        except Exception as error:
+        except Exception as error:  # an operator may refuse its arguments in any way
             return error
 
 
@@ -131,7 +131,7 @@ def _torch_refuses(case: Case) -> bool:
             for _ in range(1 + twice):
                 total = _sum(y)
                 y = torch.autograd.grad(total, wanted, create_graph=twice, allow_unused=True)
-        except Exception:
+        except Exception:  # of any class: that torch fails is the answer
             return True
     return False
 

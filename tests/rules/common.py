@@ -177,9 +177,44 @@ def check_reverse(case: Case, dtype: torch.dtype) -> None:
                 found = reverse(recorded, step, blocks)
                 assert (found is NotImplemented) == case.declines
                 if not case.declines:
-                    same(arrived(step, found), by_rows(step, blocks), dtype)
+                    want = by_rows(step, blocks)
+                    same(arrived(step, found), want, dtype)
+                    check_owned(recorded, step, blocks, found, want, dtype)
     if case.special:
         check_special(recorded, dtype)
+
+
+def check_owned(
+    recorded: Recorded,
+    step: Step,
+    blocks: Blocks,
+    found: Blocks,
+    want: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    """Laws: ``fresh`` memory is nobody else's; rows that the walk owns give the same answer.
+
+    What the rule overwrites are those rows alone.
+    """
+    held = [*recorded.inputs, recorded.output, *_saved(step)]
+    made = [b for b in found if b is not None]
+    if recorded.rule.fresh and len(made) == 1:
+        came = [b.data for b in blocks if b is not None]
+        if not any(made[0].data is data for data in came):
+            others = {t.untyped_storage().data_ptr() for t in [*held, *came] if t.numel()}
+            assert made[0].data.untyped_storage().data_ptr() not in others
+    before = [t.clone() for t in held]
+    own = [b and Block(b.data.clone(), b.shape, owned=True) for b in blocks]
+    same(arrived(step, recorded.rule.reverse(step, own)), want, dtype)
+    for old, now in zip(before, held, strict=True):
+        assert torch.equal(old.nan_to_num(), now.nan_to_num())
+
+
+def _saved(step: Step) -> list[Tensor]:
+    """All tensors that the forward saved for this node."""
+    names = [name for name in dir(step.node) if name.startswith("_saved_")]
+    values = [getattr(step.node, name) for name in names]
+    return [v for v in values if isinstance(v, Tensor) and v.layout == torch.strided]
 
 
 def check_special(recorded: Recorded, dtype: torch.dtype) -> None:

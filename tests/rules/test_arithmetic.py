@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ def positive(x: Tensor) -> Tensor:
     return x.abs() + 0.5
 
 
-def several(name: str, function: object, *shapes: tuple[int, ...], **more: object) -> Case:
+def several(
+    name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...], **more: Any
+) -> Case:
     more = {"dtypes": ALL, "at": AT, **more}
-    return Case(name, function, shapes, **more)  # type: ignore[arg-type]
+    return Case(name, function, shapes, **more)
 
 
 def no_zero(x: Tensor) -> Tensor:

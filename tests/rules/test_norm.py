@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -171,7 +172,7 @@ def test_what_is_frozen_stays_so_in_second_derivatives():
 
 
 @pytest.mark.parametrize("build", [trained, evaluated])
-def test_cudnn_saves_the_same_under_the_same_names(build: object):
+def test_cudnn_saves_the_same_under_the_same_names(build: Callable[..., Tensor]):
     """Without the device: the names exist on the node's type, and the formula reads no others."""
     kind = torch._C._functions.CudnnBatchNormBackward0
     names = (
@@ -179,7 +180,7 @@ def test_cudnn_saves_the_same_under_the_same_names(build: object):
         "epsilon",
     )  # fmt: skip
     assert all(hasattr(kind, f"_saved_{name}") for name in names)
-    recorded = record(Case(BATCH[0], build, ((4, 3, 2), (3,), (3,))))  # type: ignore[arg-type]
+    recorded = record(Case(BATCH[0], build, ((4, 3, 2), (3,), (3,))))
     step = replace(recorded.step, name="CudnnBatchNormBackward0")
     rule = registry.find(step)
     assert rule is not None

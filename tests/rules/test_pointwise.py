@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ def slope(x: Tensor, g: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.autograd.grad(function(inner), inner, g, create_graph=True)[0] + 0
 
 
-def unary(name: str, function: Callable[[Tensor], Tensor], **more: object) -> Case:
+def unary(name: str, function: Callable[[Tensor], Tensor], **more: Any) -> Case:
     more = {"dtypes": ALL, **more}
-    return Case(name, function, (SHAPE,), at=AT[:1], **more)  # type: ignore[arg-type]
+    return Case(name, function, (SHAPE,), at=AT[:1], **more)
 
 
 SMOOTH = [
@@ -120,9 +121,9 @@ SMOOTH = [
 ]
 
 
-def several(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...], **more: object):
+def several(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...], **more: Any):
     more = {"dtypes": (F64, F32), "at": AT, **more}
-    return Case(name, function, shapes, **more)  # type: ignore[arg-type]
+    return Case(name, function, shapes, **more)
 
 
 BROADCAST = ((4, 3), (3,))
@@ -197,13 +198,13 @@ FLAT = [
 ]  # fmt: skip
 
 
-def gated(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...], **more: object):
+def gated(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...], **more: Any):
     """At the corners, then with inf and nan in the input; inf and nan in the cotangents too."""
     more = {"special": True, "dtypes": ALL, "at": AT, **more}
     shapes = shapes or (SHAPE,)
     return [
-        Case(name, function, shapes, make=kinks, **more),  # type: ignore[arg-type]
-        Case(name, function, shapes, make=odd, note="odd", **{**more, "second": False, "at": ()}),  # type: ignore[arg-type]
+        Case(name, function, shapes, make=kinks, **more),
+        Case(name, function, shapes, make=odd, note="odd", **{**more, "second": False, "at": ()}),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def same_row(x: Tensor) -> Tensor:
 
 
 def along(
-    name: str, function: Callable[..., Tensor], dims: tuple[int, ...] = (1,), **more: object
+    name: str, function: Callable[..., Tensor], dims: tuple[int, ...] = (1,), **more: Any
 ) -> list[Case]:
     """Over some axes of three, kept and not; the samples are the first axis that remains."""
     more = {"dtypes": ALL, **more}
@@ -48,16 +49,16 @@ def along(
     mixed = ((SampleAxis(dims[0]), CUBE[0][dims[0]]),)
     dim = dims if len(dims) > 1 else dims[0]
     return [
-        Case(name, partial(function, dim=dim), CUBE, at=at, note=f"over{dims}", **more),  # type: ignore[arg-type]
+        Case(name, partial(function, dim=dim), CUBE, at=at, note=f"over{dims}", **more),
         Case(
             name, partial(function, dim=dim, keepdim=True), CUBE, mixes=mixed,
-            at=tuple((SampleAxis(d), CUBE[0][d]) for d in rest), note=f"over{dims}kept", **more,  # type: ignore[arg-type]
+            at=tuple((SampleAxis(d), CUBE[0][d]) for d in rest), note=f"over{dims}kept", **more,
         ),
     ]  # fmt: skip
 
 
-def whole(name: str, function: Callable[..., Tensor], **more: object) -> Case:
-    return Case(name, function, ((4, 3),), **{"dtypes": ALL, **more})  # type: ignore[arg-type]
+def whole(name: str, function: Callable[..., Tensor], **more: Any) -> Case:
+    return Case(name, function, ((4, 3),), **{"dtypes": ALL, **more})
 
 
 def first(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
@@ -144,11 +145,11 @@ CASES = [
 ]  # fmt: skip
 
 
-def running(name: str, function: Callable[..., Tensor], **more: object) -> list[Case]:
+def running(name: str, function: Callable[..., Tensor], **more: Any) -> list[Case]:
     at, mixes = ((FIRST, 4), (THIRD, 2)), ((SECOND, 3),)
     return [
-        Case(name, partial(function, dim=1), CUBE, at=at, mixes=mixes, **{"dtypes": ALL, **more}),  # type: ignore[arg-type]
-        Case(name, partial(function, dim=0), ((),), **{"dtypes": (F64,), **more}),  # type: ignore[arg-type]
+        Case(name, partial(function, dim=1), CUBE, at=at, mixes=mixes, **{"dtypes": ALL, **more}),
+        Case(name, partial(function, dim=0), ((),), **{"dtypes": (F64,), **more}),
     ]
 
 

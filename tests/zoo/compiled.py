@@ -159,7 +159,10 @@ def jit_scripted() -> Any:
 @case("jit_frozen", group=GROUP, expected=of_the_plain, may_change="attributes")
 def jit_frozen() -> Any:
     """Weights folded into constants of the graph."""
-    make = lambda net: torch.jit.freeze(torch.jit.script(net.eval()))  # noqa: E731
+
+    def make(net: nn.Module) -> Any:
+        return torch.jit.freeze(torch.jit.script(net.eval()))
+
     return Made(Net(), make), torch.randn(4, 1, 5)
 
 

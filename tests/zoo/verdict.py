@@ -70,7 +70,7 @@ def _judge(case: Case) -> Verdict:
         if type(error) is not case.expects:
             return Verdict(case, "wrong", f"raised {type(error).__name__}: {error}")
         return _verdict(case, "documented error", before.changes(case.may_change))
-    except Exception as error:
+    except Exception as error:  # of any class: an undocumented error is a wrong answer
         return Verdict(case, "wrong", f"raised {type(error).__name__}: {error}")
     if case.expects is not None:
         return Verdict(case, "wrong", f"raised nothing instead of {case.expects.__name__}")

@@ -36,9 +36,10 @@ def _vmapped(
 
     def row(*cotangents: Tensor) -> tuple[Tensor, ...]:
         found = apply(step, _fill(blocks, cotangents))
-        slots[:] = [k for k, g in enumerate(found) if g is not None]
+        given = {k: g for k, g in enumerate(found) if g is not None}
+        slots[:] = given
         # vmap wants at least one output
-        return (*(found[k] for k in slots), cotangents[0].new_zeros(()))  # type: ignore[arg-type]
+        return (*given.values(), cotangents[0].new_zeros(()))
 
     with warnings.catch_warnings():  # vmap warns where it loops inside; that is known here
         warnings.simplefilter("ignore")

@@ -62,19 +62,21 @@ def walk(
     """
     pending: dict[Slot, Block] = dict(seeds)
     found: dict[Slot, Block] = {}
-    own: set[Slot] = set()  # pending rows in memory that nothing else refers to
     with torch.set_grad_enabled(create_graph):
         for step in graph.steps:
             slots = [(step.node, k) for k in range(len(step.outputs))]
             blocks = [pending.pop(slot, None) for slot in slots]
-            for slot, block in zip(slots, blocks, strict=True):
+            for k, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
                 if slot in graph.targets and block is not None:
-                    found[slot] = block
+                    found[slot] = blocks[k] = block.owned_if(False)
             if not any(step.edges) or not any(b is not None for b in blocks):
                 continue
-            if not create_graph and _added(step, blocks, pending, own):
+            rule = registry.find(step)
+            if not create_graph and _added(step, rule, blocks, pending):
                 continue
-            gradients = _through(step, blocks, kernels, places)
+            gradients = _through(step, rule, blocks, kernels, places)
+            if not create_graph:
+                gradients = _owned(rule, blocks, gradients)
             del blocks
             for k, edge in enumerate(step.edges):
                 if edge is not None and gradients[k] is not None:
@@ -82,18 +84,28 @@ def walk(
     return found
 
 
-def _added(step: Step, blocks: Blocks, pending: dict[Slot, Block], own: set[Slot]) -> bool:
+def _added(
+    step: Step, rule: registry.Rule | None, blocks: Blocks, pending: dict[Slot, Block]
+) -> bool:
     """Whether the node's rows were added in place to rows that this walk made for its only edge."""
-    rule = registry.find(step)
     if rule is None or rule.into is None:
         return False
     (edge,) = step.edges
     assert edge is not None
-    slot = (edge.node, edge.slot)
-    if slot in pending:
-        return slot in own and rule.into(step, blocks, pending[slot])
-    own.add(slot)  # the first gradient to arrive, which the rule makes anew
-    return False
+    before = pending.get((edge.node, edge.slot))
+    return before is not None and before.owned and rule.into(step, blocks, before)
+
+
+def _owned(rule: registry.Rule | None, blocks: Blocks, gradients: Blocks) -> Blocks:
+    """The gradients, marked as the walk's own where the node's rule made new memory for one."""
+    made = [b for b in gradients if b is not None]
+    came = [b for b in blocks if b is not None]
+    if rule is None or not rule.fresh or len(made) != 1:
+        # several gradients may be one block; one that came in is the walk's own no longer
+        return [b and b.owned_if(False) for b in gradients] if len(made) > 1 else gradients
+    if any(made[0].data is b.data for b in came):
+        return gradients
+    return [b and b.owned_if(True) for b in gradients]
 
 
 def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None:
@@ -105,9 +117,14 @@ def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None
     pending[slot] = block if before is None else before.plus(block)
 
 
-def _through(step: Step, blocks: Blocks, kernels: Kernels, places: Places | None) -> Blocks:
+def _through(
+    step: Step,
+    rule: registry.Rule | None,
+    blocks: Blocks,
+    kernels: Kernels,
+    places: Places | None,
+) -> Blocks:
     """The node's rows from its outputs to its edges, by the fastest way that covers it."""
-    rule = registry.find(step)
     if rule is not None and places is not None:
         crossing = _crossing(step, places)
         if crossing is not None:

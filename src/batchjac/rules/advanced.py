@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, forward, rule, single
+from batchjac.rules.registry import Blocks, forward, only, rule, single
 from batchjac.rules.zeros import onto
 from batchjac.samples import Place, SampleAxis, moved
 
@@ -87,10 +87,7 @@ def _index_samples(step: Step, at: SampleAxis) -> list[Place]:
 @rule("IndexBackward0", samples=_index_samples)
 def index(step: Step, blocks: Blocks) -> Any:
     """``y[k] = x[i_k, j_k, ...]``: ``g[v,k]`` added at ``(i_k, j_k, ...)``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     layout = _layout(step.saved("indices"), len(edge.shape))
     data = g.spread(*range(layout.first, layout.first + len(layout.shape)))
     sizes = [g.rows, *edge.shape]

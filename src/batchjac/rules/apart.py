@@ -40,7 +40,7 @@ def each_sample(block: Block, at: SampleAxis, shape: Sequence[int]) -> Block:
     return Block(rows, summed.shape)
 
 
-def entrywise(*names: str) -> Callable[[Reverse], Reverse]:
+def entrywise(*names: str, fresh: bool = False) -> Callable[[Reverse], Reverse]:
     """Register the rules of nodes whose edges were broadcast to their output, entry by entry.
 
     It gives for each edge a block of the output's shape, from which each sample's sum follows, and
@@ -58,7 +58,7 @@ def entrywise(*names: str) -> Callable[[Reverse], Reverse]:
             ]
 
         forward(*names)(diagonal(reverse))
-        return rule(*names, samples=elementwise, per_sample=per_sample)(reverse)
+        return rule(*names, samples=elementwise, per_sample=per_sample, fresh=fresh)(reverse)
 
     return register
 

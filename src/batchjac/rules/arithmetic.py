@@ -68,7 +68,7 @@ def added(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [None if e is None else scaled(g, f) for e, f in zip(step.edges, factors, strict=False)]
 
 
-@entrywise("MulBackward0")
+@entrywise("MulBackward0", fresh=True)
 def multiplied(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``a b``: ``g[v n] conj(b)[n]`` and ``g[v n] conj(a)[n]``."""
     g = only(blocks)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from batchjac import kernels
@@ -49,7 +50,9 @@ def _alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]
     ]
 
 
-@rule("ConvolutionBackward0", "ConvolutionBackward1", samples=_samples, per_sample=_alone)
+@rule(
+    "ConvolutionBackward0", "ConvolutionBackward1", samples=_samples, per_sample=_alone, fresh=True
+)  # fmt: skip
 def convolution(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """Toward x: ``g`` convolved back with ``w``, rows and images as one batch.
 
@@ -78,8 +81,23 @@ def _toward_input(step: Step, g: Block, edge: Edge) -> Block:
     sizes = [1 if d in kept else size for d, size in enumerate(edge.shape)]
     sizes[0] = data.shape[0] * data.shape[1]
     flat = data.reshape(sizes[0], *data.shape[2:])
-    found = kernels.convolution(flat, weight, sizes, _layer(step))
+    found = kernels.convolution(flat, weight, sizes, _layer(step), _onward(edge))
     return Block(found.unflatten(0, data.shape[:2]), edge.shape)
+
+
+# What works entry by entry, or channel by channel, at the same speed in any order of axes.
+_INDIFFERENT = (
+    "AddBackward0", "CloneBackward0", "GeluBackward0", "NativeBatchNormBackward0", "ReluBackward0",
+    "SiluBackward0", "TanhBackward0",
+)  # fmt: skip
+
+
+def _onward(edge: Edge) -> bool:
+    """Whether the rows go to another convolution, or to the result, through indifferent nodes."""
+    node: Node | None = edge.node
+    while node is not None and node.name() in _INDIFFERENT:
+        node = node.next_functions[0][0]
+    return node is None or node.name().startswith(("Convolution", "torch::autograd::Accumulate"))
 
 
 def _still(step: Step, axis: int) -> bool:

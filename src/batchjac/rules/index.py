@@ -15,7 +15,7 @@ from batchjac.block import Block
 from batchjac.graph import Edge, Step
 from batchjac.rules.apart import split
 from batchjac.rules.pool import put
-from batchjac.rules.registry import Blocks, forward, rule, single
+from batchjac.rules.registry import Blocks, forward, only, rule, single
 from batchjac.rules.zeros import onto
 from batchjac.samples import SHARED, Place, SampleAxis, moved
 
@@ -38,10 +38,7 @@ def _across(step: Step, at: SampleAxis) -> list[Place]:
 @rule("IndexSelectBackward0", samples=_across)
 def index_select(step: Step, blocks: Blocks) -> Any:
     """``y[k] = x[i_k]``: ``g[v,k]`` added at ``i_k``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not edge.shape:
         return NotImplemented
     dim = step.saved("dim") % len(edge.shape)
@@ -62,10 +59,7 @@ def index_select_forward(step: Step, t: Block) -> Any:
 @rule("GatherBackward0", samples=_across)
 def gather(step: Step, blocks: Blocks) -> Any:
     """``y[..., k, ...] = x[..., i(..., k, ...), ...]``: ``g[v]`` added at ``i``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not edge.shape or step.saved("sparse_grad"):
         return NotImplemented
     dim = step.saved("dim") % len(edge.shape)
@@ -77,10 +71,7 @@ def gather(step: Step, blocks: Blocks) -> Any:
 @rule("SortBackward0", "SortBackward1", "TopkBackward0", samples=_across)
 def sort(step: Step, blocks: Blocks) -> Any:
     """``y[..., k, ...] = x[..., i(..., k, ...), ...]``, each entry once: ``g[v]`` at ``i``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not edge.shape:
         return NotImplemented
     dim = step.saved("dim") % len(edge.shape)
@@ -209,10 +200,7 @@ def index_into_forward(step: Step, blocks: Blocks) -> Any:
 @rule("MaskedSelectBackward0", samples=lambda step, at: [None])
 def masked_select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x`` where the mask holds, in row-major order: ``g[v]`` there, zero elsewhere."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     mask = step.saved("mask")
     shape = torch.broadcast_shapes(mask.shape, edge.shape)
     zeros = g.data.new_zeros(g.rows, *shape)
@@ -231,10 +219,7 @@ def masked_select_forward(step: Step, t: Block) -> Block:
 @rule("TakeBackward0", samples=lambda step, at: [None])
 def take(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[k] = x.flatten()[i_k]``: ``g[v,k]`` added at ``i_k``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     index = step.saved("index").flatten()
     size = math.prod(edge.shape)
     flat = g.reshape((index.numel(),)).full()
@@ -270,10 +255,7 @@ def _tables(step: Step, g: Tensor, index: Tensor, edge: Edge, count: int = 1) ->
 
 def _embedding_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     """``g[v,n,k,d]`` added at ``index[n,k]`` of sample ``n``'s own table."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not _dense(step):
         return NotImplemented
     index = split(step.saved("indices"), g.shape, at, at.dim).movedim(at.dim + 1, 0)
@@ -292,10 +274,7 @@ def _dense(step: Step) -> bool:
 @rule("EmbeddingBackward0", samples=_embedding_samples, per_sample=_embedding_alone)
 def embedding(step: Step, blocks: Blocks) -> Any:
     """``y[k,d] = w[i_k, d]``: ``g[v,k,d]`` added at ``i_k``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not _dense(step):
         return NotImplemented
     flat = g.spread(*range(len(g.shape) - 1))

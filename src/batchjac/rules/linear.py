@@ -127,7 +127,7 @@ def _block(step: Step, factor: Factor, data: Tensor) -> Block:
     return Block(data, edge.shape)
 
 
-@rule(*PRODUCTS, "TrilinearBackward0", samples=_samples, per_sample=_per_sample)
+@rule(*PRODUCTS, "TrilinearBackward0", samples=_samples, per_sample=_per_sample, fresh=True)
 def products(step: Step, blocks: Blocks) -> Any:
     """``y = sum a[left] b[right]``: ``g[v out] conj(b[right])`` and ``g[v out] conj(a[left])``."""
     product = _product(step)

@@ -247,15 +247,17 @@ def _forward(read: Callable[[Step], Normalised]) -> Forward:
     return normalise
 
 
-rule("NativeLayerNormBackward0", samples=_layer_samples, per_sample=_per_sample(_by_layer))(
-    _reverse(_by_layer)
-)
-rule("NativeGroupNormBackward0", samples=_group_samples, per_sample=_per_sample(_by_group))(
-    _reverse(_by_group)
-)
+rule(
+    "NativeLayerNormBackward0", samples=_layer_samples, per_sample=_per_sample(_by_layer),
+    fresh=True,
+)(_reverse(_by_layer))  # fmt: skip
+rule(
+    "NativeGroupNormBackward0", samples=_group_samples, per_sample=_per_sample(_by_group),
+    fresh=True,
+)(_reverse(_by_group))  # fmt: skip
 rule(
     *BATCH, *(name + FROZEN for name in BATCH), CONSTANT,
-    samples=_batch_samples, per_sample=_per_sample(_by_batch),
+    samples=_batch_samples, per_sample=_per_sample(_by_batch), fresh=True,
 )(_reverse(_by_batch))  # fmt: skip
 forward("NativeLayerNormBackward0")(_forward(_by_layer))
 forward("NativeGroupNormBackward0")(_forward(_by_group))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from batchjac.block import Block
 from batchjac.graph import Edge, Meta, Step
-from batchjac.rules.registry import Blocks, rule
+from batchjac.rules.registry import Blocks, only, rule
 from batchjac.samples import Place, SampleAxis, moved
 
 
@@ -49,13 +49,10 @@ def _select_into(step: Step, blocks: Blocks, before: Block) -> bool:
     return fits
 
 
-@rule("SelectBackward0", samples=_select_samples, into=_select_into)
+@rule("SelectBackward0", samples=_select_samples, into=_select_into, fresh=True)
 def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     dim = step.saved("dim") % len(edge.shape)
     sizes = [*g.data.shape[: dim + 1], edge.shape[dim], *g.data.shape[dim + 1 :]]
     data = torch.ops.aten.select_backward(g.data, sizes, dim + 1, step.saved("index"))
@@ -73,10 +70,7 @@ def _along_dim(step: Step, at: SampleAxis) -> list[Place]:
 @rule("SliceBackward0", "NarrowCopyBackward0", samples=_along_dim)
 def cut(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[a:b:s]``: ``g[v]`` there, zero elsewhere."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     dim = step.saved("dim") % len(edge.shape)
     start, stop, stride = bounds(step, edge.shape[dim])
     if (start, stop, stride) == (0, edge.shape[dim], 1):
@@ -257,10 +251,7 @@ def _diagonal_samples(step: Step, at: SampleAxis) -> list[Place]:
 @rule("DiagonalBackward0", samples=_diagonal_samples)
 def diagonal(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[i] = x[i, i + k]``: ``g[v, i]`` there, zero elsewhere."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     rank = len(edge.shape)
     dims = [step.saved(name) % rank + 1 for name in ("dim1", "dim2")]
     data = g.spread(-1)
@@ -282,10 +273,7 @@ def _embed_samples(step: Step, at: SampleAxis) -> list[Place]:
 @rule("DiagEmbedBackward0", samples=_embed_samples)
 def diag_embed(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[i, i + k] = x[i]``: ``g[v, i, i + k]``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     dims = [step.saved(name) % len(g.shape) for name in ("dim1", "dim2")]
     shifted = [d + 1 for d in dims]
     return [Block(g.spread(*dims).diagonal(step.saved("offset"), *shifted), edge.shape)]
@@ -300,10 +288,7 @@ def _window_samples(step: Step, at: SampleAxis) -> list[Place]:
 @rule("UnfoldBackward0", samples=_window_samples)
 def windows(step: Step, blocks: Blocks) -> Any:
     """``y[p, k] = x[p s + k]``: ``sum over p s + k = i of g[v, p, k]``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if not edge.shape:
         return NotImplemented
     dim = step.saved("dimension") % len(edge.shape)
@@ -327,10 +312,7 @@ def _pad_samples(step: Step, at: SampleAxis) -> list[Place]:
 @rule("ConstantPadNdBackward0", samples=_pad_samples)
 def constant_pad(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x`` between constants: ``g[v]`` without its margins, zero where ``y`` cropped ``x``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     data = g.data
     zeros: list[int] = []
     for d, (before, after) in enumerate(pads(step)):

@@ -86,6 +86,27 @@ def times(block: Block, factor: Tensor) -> Block:
     return block.with_data(block.data * wide(factor, len(block.shape)))
 
 
+def times_last(block: Block, factor: Tensor) -> Block:
+    """The same, in place where the rows may be overwritten: for the last use of a block."""
+    if block.writable and factor.dtype == block.data.dtype:
+        block.data.mul_(alike(wide(factor, len(block.shape)), block.data))
+        return block
+    return times(block, factor)
+
+
+def alike(tensor: Tensor, data: Tensor) -> Tensor:
+    """What is to meet the rows ``data [V, *s]``, its axes in memory in the order of theirs.
+
+    One copy serves all rows; where the orders differ, a product takes several times as long.
+    """
+    if data.is_contiguous() or tensor.dim() != data.dim() or 1 in tensor.shape[1:]:
+        return tensor
+    order = sorted(range(1, data.dim()), key=data.stride, reverse=True)
+    order.insert(0, 0)
+    back = sorted(range(data.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
+
+
 def scaled(block: Block, factor: complex) -> Block:
     """``g conj(factor)``; untouched where the factor is 1."""
     return block if factor == 1 else block.with_data(block.data * factor.conjugate())
@@ -120,7 +141,7 @@ def real_within_complex(step: Step) -> bool:
     return step.outputs[0].dtype.is_complex and real
 
 
-@entrywise(*SMOOTH)
+@entrywise(*SMOOTH, fresh=True)
 def smooth(step: Step, blocks: Blocks) -> Any:
     """``g[v n] f_k'(x)[n]`` toward each argument ``k`` of a function of entries."""
     g = only(blocks)
@@ -128,8 +149,9 @@ def smooth(step: Step, blocks: Blocks) -> Any:
         return NotImplemented
     if step.has("reduction") and step.saved("reduction") != 0:
         return NotImplemented
+    product = times_last if sum(e is not None for e in step.edges) == 1 else times
     return [
-        None if e is None or d is None else times(g, d)
+        None if e is None or d is None else product(g, d)
         for e, d in zip(step.edges, derivative(step), strict=True)
     ]
 
@@ -159,15 +181,18 @@ GATES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 }
 
 
-@rule("ReluBackward0", samples=elementwise)
+@rule("ReluBackward0", samples=elementwise, fresh=True)
 def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n]`` where ``y[n] > 0``, else 0."""
     g = only(blocks)
-    y = wide(step.saved("result"), len(g.shape))
+    y = alike(wide(step.saved("result"), len(g.shape)), g.data)
+    if g.writable:
+        aten.threshold_backward.grad_input(g.data, y, 0, grad_input=g.data)
+        return [g]
     return [g.with_data(aten.threshold_backward(open_last(g), y, 0))]
 
 
-@rule(*GATES, samples=elementwise)
+@rule(*GATES, samples=elementwise, fresh=True)
 def gate(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n] f'(x)[n]`` inside the open region, 0 outside it; a derivative's own slope is 0."""
     g = only(blocks)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule, single
+from batchjac.rules.registry import Blocks, only, rule, single
 from batchjac.rules.spatial import but_last, images, planes
 from batchjac.rules.zeros import onto
 
@@ -52,13 +52,10 @@ def _always(step: Step) -> bool:
 
 
 def _maximum(dims: int, add: Callable[[Step], bool], *names: str) -> None:
-    @rule(*names, samples=but_last(dims))
+    @rule(*names, samples=but_last(dims), fresh=True)
     def pool(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[n,c,p] = x[n, c, i(n,c,p)]``: ``g[v,n,c,p]`` at ``i``, zero elsewhere."""
-        (g,) = blocks
-        (edge,) = step.edges
-        assert g is not None
-        assert edge is not None
+        g, edge = only(step, blocks)
         size = edge.shape[-dims:]
         index = step.saved("result1").flatten(-dims)
         data = put(g.full().flatten(-dims), -1, math.prod(size), index, add(step))
@@ -85,10 +82,7 @@ def _unpooled(dims: int, *names: str) -> None:
     @rule(*names, samples=but_last(dims))
     def unpool(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         """``y[n, c, i(n,c,p)] = x[n,c,p]``: ``g[v, n, c, i(n,c,p)]``."""
-        (g,) = blocks
-        (edge,) = step.edges
-        assert g is not None
-        assert edge is not None
+        g, edge = only(step, blocks)
         if all(size == 1 for size in g.data.shape[-dims:]):
             return [Block(g.data, edge.shape)]
         index = step.saved("indices").flatten(-dims)

@@ -7,7 +7,7 @@ from typing import Any
 from torch.autograd.function import BackwardCFunction
 
 from batchjac.block import Block
-from batchjac.graph import Step
+from batchjac.graph import Edge, Step
 from batchjac.samples import Place, SampleAxis, broadcast
 
 Blocks = Sequence[Block | None]
@@ -35,7 +35,10 @@ class Rule:
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
 
     ``into(step, blocks, before)`` adds the gradient of the only edge to the rows ``before`` in
-    place and says whether it could. What ``reverse`` returns must then be new memory.
+    place and says whether it could.
+
+    ``fresh`` claims that a block for a single edge is new memory, or a block that came in: no view
+    of one, nor of what the forward saved. Later nodes may then write into it.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Rule:
     samples: Samples | None = None
     per_sample: PerSample | None = None
     into: Into | None = None
+    fresh: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -53,6 +57,7 @@ def rule(
     samples: Samples | None = None,
     per_sample: PerSample | None = None,
     into: Into | None = None,
+    fresh: bool = False,
 ) -> Callable[[Reverse], Reverse]:
     """Register a function as the reverse rule of these nodes."""
 
@@ -60,7 +65,7 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(name, reverse, samples, per_sample, into)
+            _RULES[name] = Rule(name, reverse, samples, per_sample, into, fresh)
         return reverse
 
     return register
@@ -138,6 +143,15 @@ def find_forward(step: Step) -> Forward | None:
 def forward_names() -> list[str]:
     """The names of all nodes that have a forward rule."""
     return sorted(_FORWARD)
+
+
+def only(step: Step, blocks: Blocks) -> tuple[Block, Edge]:
+    """The block and the edge of a node that has one of each."""
+    (block,) = blocks
+    (edge,) = step.edges
+    assert block is not None
+    assert edge is not None
+    return block, edge
 
 
 def elementwise(step: Step, at: SampleAxis) -> list[Place]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
-from batchjac.rules.registry import Blocks, elementwise, rule, single
+from batchjac.rules.registry import Blocks, elementwise, only, rule, single
 from batchjac.rules.spatial import but_last
 from batchjac.samples import SHARED, Place, SampleAxis, moved, reshaped
 
@@ -40,10 +40,7 @@ def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
 @rule(*VIEWS, samples=_reshaped)
 def view(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """The same entries in row-major order: ``g[v, ...]`` in the shape of the input."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     return [g.reshape(edge.shape)]
 
 
@@ -55,20 +52,14 @@ def view_forward(step: Step, t: Block) -> Block:
 
 def _expand_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]:
     """``g[v,n]`` summed over the other copies."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     return [each_sample(g, at, edge.shape)]
 
 
 @rule("ExpandBackward0", samples=elementwise, per_sample=_expand_alone)
 def expand(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[r,i] = x[i]``: ``sum_r g[v,r,i]``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     return [g.sum_to(edge.shape)]
 
 
@@ -97,10 +88,7 @@ def _permuted(step: Step, at: SampleAxis) -> list[Place]:
 @rule(*PERMUTED, samples=_permuted)
 def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[order] = x``: the block's axes put back, without a copy."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     order = permutation(step)
     back = [order.index(d) + 1 for d in range(len(order))]
     return [Block(g.data.permute(0, *back), edge.shape)]
@@ -127,10 +115,7 @@ def _repeated(step: Step, at: SampleAxis) -> list[Place]:
 
 def _repeat_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     """``g[v,n]`` summed over the other copies; the samples are among the copies."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     pairs, single = _copies(g, step.saved("repeats"), edge.shape)
     entries = step.shape[at.dim] // step.saved("repeats")[at.dim]
     if at.inner % entries:
@@ -142,10 +127,7 @@ def _repeat_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
 @rule("RepeatBackward0", samples=_repeated, per_sample=_repeat_alone)
 def repeat(step: Step, blocks: Blocks) -> Any:
     """``y[r,i] = x[i]`` with ``r`` and ``i`` on one axis: ``sum_r g[v,r,i]``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     if 0 in step.saved("repeats"):
         return NotImplemented
     pairs, single = _copies(g, step.saved("repeats"), edge.shape)
@@ -180,10 +162,7 @@ def _still(step: Step, at: SampleAxis) -> list[Place]:
 @rule("Rot90Backward0", samples=_still)
 def rot90(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """A plane of the tensor turned by quarters: ``g[v]`` turned back."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     plane = [d % len(g.shape) for d in step.saved("dims")]
     turned = torch.rot90(g.spread(*plane), -step.saved("k"), [d + 1 for d in plane])
     return [Block(turned, edge.shape)]
@@ -315,10 +294,7 @@ def triangle_forward(step: Step, t: Block) -> Any:
 @rule("ViewAsComplexBackward0", samples=lambda step, at: [at])
 def view_as_complex(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[..., 0] + i x[..., 1]``: the real and the imaginary part of ``g``."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     return [Block(torch.view_as_real(g.data.resolve_conj()), edge.shape)]
 
 

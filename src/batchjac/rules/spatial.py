@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.registry import Blocks, rule, single
+from batchjac.rules.registry import Blocks, only, rule, single
 from batchjac.samples import Place, SampleAxis
 
 aten = torch.ops.aten
@@ -30,10 +30,7 @@ def but_last(count: int) -> Callable[[Step, SampleAxis], list[Place]]:
 
 def planes(step: Step, blocks: Blocks, dims: int, adjoint: Callable[..., Tensor]) -> list[Block]:
     """``adjoint(g, x)`` on batches ``[*, channel, ...]``; of ``x`` it may read only the shape."""
-    (g,) = blocks
-    (edge,) = step.edges
-    assert g is not None
-    assert edge is not None
+    g, edge = only(step, blocks)
     data = g.spread(*range(-dims, 0))
     lead, size = data.shape[:-dims], edge.shape[-dims:]
     batch = lead[:-1].numel()
@@ -139,9 +136,8 @@ def _window(step: Step) -> list[list[int]]:
     return [list(step.saved(name)) for name in ("kernel_size", "dilation", "padding", "stride")]
 
 
-def _flat(g: Block | None, count: int) -> tuple[Tensor, torch.Size]:
+def _flat(g: Block, count: int) -> tuple[Tensor, torch.Size]:
     """Rows and images as one batch before the last ``count`` axes, and the batch's own axes."""
-    assert g is not None
     data = g.spread(*range(-count, 0))
     lead = data.shape[:-count]
     return data.reshape(lead.numel(), *data.shape[-count:]), lead
@@ -150,9 +146,8 @@ def _flat(g: Block | None, count: int) -> tuple[Tensor, torch.Size]:
 @rule("Im2ColBackward0", samples=but_last(2))
 def unfold(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[(c,k), p] = x[c, p s + k d - pad]``: the sum of ``g[v, (c,k), p]`` at each place."""
-    (edge,) = step.edges
-    assert edge is not None
-    flat, lead = _flat(blocks[0], 2)
+    g, edge = only(step, blocks)
+    flat, lead = _flat(g, 2)
     found = aten.col2im(flat, list(edge.shape[-2:]), *_window(step))
     return [Block(found.unflatten(0, lead), edge.shape)]
 
@@ -160,9 +155,8 @@ def unfold(step: Step, blocks: Blocks) -> Sequence[Block | None]:
 @rule("Col2ImBackward0", samples=but_last(3))
 def fold(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[c, i] = sum over p s + k d - pad = i of x[(c,k), p]``: the windows of ``g[v]``."""
-    (edge,) = step.edges
-    assert edge is not None
-    flat, lead = _flat(blocks[0], 3)
+    g, edge = only(step, blocks)
+    flat, lead = _flat(g, 3)
     return [Block(aten.im2col(flat, *_window(step)).unflatten(0, lead), edge.shape)]
 
 
