@@ -36,7 +36,10 @@ def jacobian(
             these, all from one walk, which gives a dict by name.
         outputs: Which outputs, along axis 1 of ``[N, classes, ...]``: an int (the axis goes), a
             list or slice (the axis stays), a ``LongTensor[N]`` or ``"argmax"`` (one per sample).
-        mode: ``"auto"`` or ``"reverse"``.
+        mode: ``"reverse"`` pushes rows of the identity from the output down, ``"forward"``
+            columns of it from the input up, ``"mixed"`` joins Jacobians at a tensor that every
+            path passes. ``"auto"`` (default) predicts which is fastest on this machine, and says
+            so in the log (level DEBUG); it stays with reverse unless another is clearly faster.
         coupling: What to do when the output of one sample depends on another sample, as with
             batch normalisation in training: ``"error"``; ``"frozen"``, batch statistics held
             constant; ``"sum"``, the derivative of the sum over samples; ``"full"``,
@@ -63,8 +66,9 @@ def jacobian(
         SelectionError: ``outputs`` is out of range.
         NameNotFoundError: ``of`` or ``wrt`` names nothing in the module.
         OutError: ``out`` cannot take the result.
-        UnsupportedError: ``mode="forward"`` or ``"mixed"``, which come later; a layer's name with
-            ``batched=False``; ``coupling="frozen"`` with hooks on gradients.
+        UnsupportedError: ``mode="forward"`` or ``"mixed"`` where a node, hooks on gradients or
+            ``coupling`` allow reverse only; a layer's name with ``batched=False``;
+            ``coupling="frozen"`` with hooks on gradients.
         CouplingError: Samples depend on each other; names the module and the remedy.
         BudgetError: ``max_memory`` does not hold one row of one sample; says what would.
         StateError: The function writes into its parameters, or a named layer runs never or twice.
