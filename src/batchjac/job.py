@@ -197,7 +197,11 @@ class Job:
         )  # fmt: skip
         inner = goal.target.shape[1:] if goal.target.per_sample else goal.target.shape
         try:
-            for piece in way.pieces(choice.route):
+            out = None if self.problem.create_graph else sink.part(self.samples)
+            for piece in way.pieces(choice.route, out):
+                if piece.placed:
+                    sink.wrote(piece.data.numel())
+                    continue
                 data = piece.data.expand(self.count, -1, -1).to(goal.target.dtype)
                 if data.shape[2] == math.prod(inner):
                     data = data.reshape(*data.shape[:2], *inner)

@@ -20,6 +20,7 @@ class Sink(ABC):
     def __init__(self, shape: tuple[int, ...], rows: int) -> None:
         self.shape = shape
         self.rows = rows
+        self.wrote: Callable[[int], None] = lambda entries: None  # told how many, after each piece
 
     @abstractmethod
     def put(self, sample: int, row: int, piece: Tensor) -> None:
@@ -28,6 +29,10 @@ class Sink(ABC):
     @abstractmethod
     def put_columns(self, sample: int, column: int, piece: Tensor) -> None:
         """Store all rows of some entries of the target, ``[samples, rows, entries]``."""
+
+    def part(self, samples: slice) -> Tensor | None:
+        """Where these samples go, as ``[samples, rows, entries]``, if they can be written there."""
+        return None
 
     @abstractmethod
     def chunk(self, samples: slice) -> Tensor:
@@ -67,20 +72,23 @@ class Preallocated(Sink):
         self.view[sample : sample + piece.shape[0], row : row + piece.shape[1]].copy_(piece)
         self.wrote(piece.numel())
 
+    def part(self, samples: slice) -> Tensor | None:
+        part = self.view[samples]
+        try:
+            return part.view(*part.shape[:2], math.prod(part.shape[2:]))
+        except RuntimeError:  # the axes of the target are apart in the caller's memory
+            return None
+
     def put_columns(self, sample: int, column: int, piece: Tensor) -> None:
         n, _, width = piece.shape
-        inner = self.view.shape[2:]
-        if math.prod(inner) == width:
-            self.put(sample, 0, piece.reshape(*piece.shape[:2], *inner))
-            return
-        part = self.view[sample : sample + n]
-        try:
-            part.view(*part.shape[:2], -1)[:, :, column : column + width].copy_(piece)
-        except RuntimeError:  # the axes of the target are apart in the caller's memory
-            entries = torch.arange(column, column + width, device=part.device)
-            where = torch.unravel_index(entries, inner)
+        part = self.part(slice(sample, sample + n))
+        if part is not None:
+            part[:, :, column : column + width].copy_(piece)
+        else:
+            entries = torch.arange(column, column + width, device=self.view.device)
+            where = torch.unravel_index(entries, self.view.shape[2:])
             every: tuple[slice | Tensor, ...] = (slice(None), slice(None), *where)
-            part[every] = piece.to(part.device, part.dtype)
+            self.view[sample : sample + n][every] = piece.to(self.view.device, self.view.dtype)
         self.wrote(piece.numel())
 
     def chunk(self, samples: slice) -> Tensor:

@@ -35,11 +35,12 @@ class NoRoute(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Part ``[N, rows, columns]`` of a Jacobian, and where it starts."""
+    """Part ``[N, rows, columns]`` of a Jacobian, where it starts, and if it was written there."""
 
     row: int
     column: int
     data: Tensor
+    placed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ class Way:
         shape = self.meta(cut).shape
         return shape if self.shared(cut) else shape[1:]
 
-    def pieces(self, route: Route) -> Iterator[Piece]:
-        """The Jacobian that the route leads to, in chunks of its rows or of its columns."""
+    def pieces(self, route: Route, out: Tensor | None = None) -> Iterator[Piece]:
+        """The Jacobian that the route leads to, in chunks of its rows or of its columns.
+
+        ``out`` is where it goes, ``[N, rows, columns]``; a product is written there directly.
+        """
         with torch.set_grad_enabled(self.create_graph):
             match route:
                 case Weight():
@@ -108,7 +112,7 @@ class Way:
                     yield from self._up(route, self.jacobian(route.below))
                 case Join():
                     above, below = self.jacobian(route.above), self.jacobian(route.below)
-                    yield from self._join(route, above, below)
+                    yield from self._join(route, above, below, out)
 
     def jacobian(self, route: Route) -> Tensor:
         """All of it: ``[N, rows, columns]``."""
@@ -208,11 +212,16 @@ class Way:
         each = torch.arange(self.samples, device=entries.device)
         return jacobian.expand(self.samples, -1, -1)[each[:, None], entries.T]
 
-    def _join(self, route: Join, above: Tensor, below: Tensor) -> Iterator[Piece]:
+    def _join(
+        self, route: Join, above: Tensor, below: Tensor, out: Tensor | None
+    ) -> Iterator[Piece]:
         below = below.to(above.dtype)
-        if not (above.isfinite().all() and below.isfinite().all()):
+        if not (_finite(above) and _finite(below)):
             # 0 * inf: a masked entry is 0 in a walk, and NaN in a product
             raise NoRoute("the Jacobians on the way are not finite")
+        if len(above) > 1 and len(below) > 1 and out is not None and out.dtype == above.dtype:
+            yield Piece(0, 0, product(above, below, out), placed=True)
+            return
         if len(above) == 1 and not below.permute(2, 0, 1).is_contiguous():
             below = below.transpose(0, 1).contiguous().transpose(0, 1)  # once for all chunks
         units = self.units(route, above.shape[1])
@@ -224,10 +233,10 @@ class Way:
         return torch.zeros((), dtype=meta.dtype, device=meta.device).expand(1, rows, columns)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a[n v k] b[n k i]``; a factor that all samples share is one matrix for all."""
     if len(a) > 1 and len(b) > 1:
-        return torch.bmm(a, b)
+        return torch.bmm(a, b, out=out)
     if len(b) == 1:
         flat = a.transpose(0, 1)  # rows come first in memory where rows were pushed down
         return kernels.linear(flat, b[0].t()).transpose(0, 1)
@@ -235,7 +244,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if columns.is_contiguous():
         return kernels.linear(columns, a[0]).permute(1, 2, 0)
     rows = b.transpose(0, 1)
-    found = torch.mm(a[0], rows.reshape(len(rows), -1))
+    found = kernels.linear(a[0], rows.reshape(len(rows), -1).t())
     return found.view(len(found), *rows.shape[1:]).transpose(0, 1)
 
 
@@ -252,6 +261,12 @@ def weight(step: Step) -> Tensor | None:
     alpha = step.saved("alpha") if step.has("alpha") else 1
     scaled: Tensor = w if alpha == 1 else w * alpha
     return scaled
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are; a sum that overflows is taken for one that is not."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.detach().sum(dtype=wide).isfinite())
 
 
 def _eye(start: int, stop: int, size: int, meta: Meta) -> Tensor:
