@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
 
 def every_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``mode="auto"`` plan for small models too, and take whatever is predicted to be best."""
+    monkeypatch.setattr(choose, "_left", {})
     monkeypatch.setattr(choose, "FEW_ROWS", 0)
     monkeypatch.setattr(choose, "SHORT", 0.0)
     monkeypatch.setattr(choose, "MARGIN", 0.0)

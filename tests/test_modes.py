@@ -15,9 +15,10 @@ from batchjac import jacobian
 from batchjac.cost import NOMINAL
 from batchjac.cuts import slots
 from batchjac.engines import mixed, reference
+from batchjac.engines.forward import NoForwardRule
 from batchjac.errors import UnsupportedError
 from batchjac.graph import Graph
-from batchjac.route import Join, Passes, passes
+from batchjac.route import Join, Passes, Weight, passes
 from batchjac.testing import jacobian_in_chunks
 from benchmarks.cases import CASES as NINE
 from benchmarks.cases import Residual, mlp
@@ -495,3 +496,83 @@ def test_the_autoencoder_is_joined_at_its_bottleneck() -> None:
     assert choice is not None
     assert isinstance(choice.route, Join)
     assert choice.chain.widths[choice.route.above.lower] == 16
+
+
+# What is found out once.
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """One entry for each call of a function of ``choose``."""
+    calls: list[int] = []
+    real = getattr(batchjac.choose, name)
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(batchjac.choose, name, noted)
+    return calls
+
+
+def test_a_question_left_to_reverse_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    every_route(monkeypatch)
+    monkeypatch.setattr(batchjac.choose, "MARGIN", 1e9)
+    calls = counted(monkeypatch, "cuts")
+    model, x = made("decoder")
+    for _ in range(3):
+        jacobian(model, x)
+    assert len(calls) == 1
+    jacobian(model, x[:2])
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("falls_back")
+def test_a_rule_that_declines_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    every_route(monkeypatch)
+    monkeypatch.setattr(batchjac.choose, "_declined", set())
+    asked = []
+
+    def declines(*_: Any) -> Any:
+        asked.append(1)
+        raise NoForwardRule("ReluBackward0")
+
+    monkeypatch.setattr(mixed, "tangents", declines)
+    torch.manual_seed(0)
+    model, x = mlp(2, 9, 300)().to(F64), torch.randn(4, 2, dtype=F64)
+    right = reference.jacobian(model, x)
+    for _ in range(3):
+        close(jacobian(model, x), right)
+    assert len(asked) == 1
+    assert any("no forward rule for this case of node ReluBackward0" in m for m in caplog.messages)
+    with pytest.raises(UnsupportedError, match=r"no rule for this case of node ReluBackward0"):
+        jacobian(model, x, mode="forward")
+
+
+def test_a_weight_is_scaled_as_its_node_scales_it() -> None:
+    w = torch.randn(9, 40, dtype=F64)
+    b = torch.zeros(40, dtype=F64)
+
+    def f(x: Tensor) -> Tensor:
+        return torch.addmm(b, torch.addmm(b[:9], x.tanh(), w[:, :9], alpha=3).tanh(), w, alpha=2)
+
+    x = torch.randn(3, 9, dtype=F64)
+    choice = planned(f, x, NOMINAL, mode="mixed")
+    assert choice is not None
+    assert any(isinstance(node, Weight) for node in choice.route)
+    close(jacobian(f, x, mode="mixed"), reference.jacobian(f, x))
+
+
+def test_towards_a_parameter_whose_samples_are_lost_on_the_way() -> None:
+    """No rule says where the samples are below such a node, and columns need not know."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), Lost(), nn.Linear(3, 5)).to(F64)
+    x = torch.randn(3, 4, dtype=F64)
+    found = jacobian(model, x, wrt=["0.bias", "2.bias"], mode="forward")
+    close(found, reference.jacobian(model, x, wrt=["0.bias", "2.bias"]))
+
+
+class Lost(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t().reshape(-1).reshape(x.shape[1], -1).t().sin()

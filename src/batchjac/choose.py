@@ -25,7 +25,7 @@ MARGIN = 1.3
 # So few rows, or so short a time, and looking for a better route costs more than it can gain.
 FEW_ROWS = 4
 SHORT = 1e-3  # seconds
-MOST_DECLINED = 10_000
+MOST_REMEMBERED = 10_000
 MOST_STAGES = 16  # the programme is cubic; the narrowest cuts are kept
 
 
@@ -62,7 +62,7 @@ _declined: set[int] = set()
 
 def decline(choice: Choice) -> None:
     """Remember that a rule on this route declined, so that it is not tried again."""
-    if len(_declined) < MOST_DECLINED:
+    if len(_declined) < MOST_REMEMBERED:
         _declined.add(hash(choice.forecast))
 
 
@@ -75,9 +75,40 @@ def choices(
     mode: str,
 ) -> dict[Part, Choice]:
     """For each target that a route was looked for, the best one, and whether it is to be taken."""
-    n, width = seeds.output[0], seeds.width
-    if not width or (mode == "auto" and width <= FEW_ROWS):
+    if not seeds.width or (mode == "auto" and seeds.width <= FEW_ROWS):
         return {}
+    if mode != "auto":
+        return _choices(graph, root, targets, places, seeds, mode)
+    key = _question(graph, tuple(targets), seeds)
+    if key not in _left:
+        found = _choices(graph, root, targets, places, seeds, mode)
+        if any(choice.taken for choice in found.values()):
+            return found
+        if len(_left) >= MOST_REMEMBERED:
+            _left.clear()
+        _left[key] = {part: choice.forecast for part, choice in found.items()}
+    return {part: Choice((), None, forecast, False) for part, forecast in _left[key].items()}
+
+
+# Questions that were left to plain reverse: to find that out again would cost small calls a tenth.
+_left: dict[int, dict[Part, Forecast]] = {}
+
+
+def _question(graph: Graph, parts: tuple[Part, ...], seeds: Seeds) -> int:
+    """What a plan depends on, but for how the nodes are wired: an old answer is at worst slow."""
+    steps = tuple((step.name, step.shape) for step in graph.steps)
+    return hash((steps, parts, seeds.width, seeds.output, threads()))
+
+
+def _choices(
+    graph: Graph,
+    root: Slot,
+    targets: Mapping[Part, Target],
+    places: Places,
+    seeds: Seeds,
+    mode: str,
+) -> dict[Part, Choice]:
+    n, width = seeds.output[0], seeds.width
     work = cost.work(graph.steps, n)
     short = cost.seconds(work, width, n, cost.NOMINAL) < SHORT
     if mode == "auto" and short:

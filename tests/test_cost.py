@@ -1,0 +1,111 @@
+"""What the planner counts: multiply-adds, bytes, and which nodes are the same for all samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchjac import cost, jacobian
+from batchjac.cost import NOMINAL, Work, joined, seconds
+from batchjac.graph import Graph, edge_of, prune
+
+F64 = torch.float64
+N = 3
+
+
+def recorded(f: Callable[[Tensor], Tensor], *shape: int) -> Graph:
+    x = torch.randn(N, *shape, dtype=F64, requires_grad=True)
+    y = f(x)
+    edge = edge_of(x)
+    assert y.grad_fn is not None
+    return prune([y.grad_fn], [(edge.node, edge.output_nr)])
+
+
+def work(f: Callable[[Tensor], Tensor], *shape: int) -> Work:
+    return cost.work(recorded(f, *shape).steps, N)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.to(F64).requires_grad_(False)
+
+
+def test_multiply_adds_of_products() -> None:
+    assert work(frozen(nn.Linear(5, 7)), 5).products == 35
+    assert work(frozen(nn.Linear(5, 7, bias=False)), 5).products == 35
+    assert work(frozen(nn.Linear(5, 7)), 4, 5).products == 4 * 35
+    assert work(lambda x: x @ x.transpose(1, 2), 4, 5).products == 2 * 4 * 5 * 4
+
+
+def test_multiply_adds_of_convolutions() -> None:
+    def both(f: nn.Module, *shape: int) -> float:
+        found = work(frozen(f), *shape)
+        return found.convolutions + found.thin
+
+    assert both(nn.Conv2d(4, 6, 3), 4, 8, 8) == pytest.approx(6 * 6 * 6 * 4 * 9)
+    assert both(nn.Conv2d(4, 6, 3, groups=2), 4, 8, 8) == pytest.approx(6 * 6 * 6 * 2 * 9)
+    assert both(nn.ConvTranspose2d(4, 6, 3, 2), 4, 5, 5) == pytest.approx(5 * 5 * 4 * 6 * 9)
+    many = work(frozen(nn.Conv1d(64, 64, 3)), 64, 5)
+    assert many.thin == 0 < many.convolutions
+    few = work(frozen(nn.Conv1d(1, 8, 3)), 1, 5)
+    assert few.convolutions == 0 < few.thin
+
+
+def test_bytes_and_calls() -> None:
+    assert work(torch.sin, 10) == Work(bytes=2 * 10 * 8, calls=1)
+    assert work(lambda x: x.view(N, 2, 5), 10) == Work(calls=1)
+
+
+CONSTANT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "linear": (frozen(nn.Linear(4, 3)), (4,)),
+    "a product": (lambda x: x @ torch.ones(4, 2, dtype=F64), (4,)),
+    "sums": (lambda x: (x + x.sum(1, keepdim=True) - x.mean(1, keepdim=True)).neg(), (4,)),
+    "joined": (lambda x: torch.cat([x, torch.stack([x, x], 1).flatten(1)], 1).clone(), (4,)),
+    "padded": (lambda x: F.pad(x, (1, 2)), (4,)),
+    "averages": (lambda x: F.adaptive_avg_pool2d(F.avg_pool2d(x, 2), 1), (2, 4, 4)),
+    "convolution": (frozen(nn.Conv2d(2, 3, 3)), (2, 4, 4)),
+    "casts": (lambda x: x.float().repeat(1, 2), (4,)),
+}  # fmt: skip
+CHANGING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "sine": (torch.sin, (4,)),
+    "a square": (lambda x: x * x, (4,)),
+    "maxima": (lambda x: F.max_pool1d(x, 2), (2, 4)),
+    "attention": (lambda x: x @ x.transpose(1, 2), (3, 4)),
+    "a factor of its own": (lambda x: x @ x.detach().transpose(1, 2), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_what_is_said_to_be_constant_is(name: str) -> None:
+    f, shape = CONSTANT[name]
+    assert all(cost.constant(s) for s in recorded(f, *shape).steps if any(s.edges))
+    j = jacobian(f, torch.randn(N, *shape, dtype=F64), mode="reverse")
+    assert torch.equal(j, j[:1].expand_as(j))
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_depends_on_the_sample_is_not(name: str) -> None:
+    f, shape = CHANGING[name]
+    assert not all(cost.constant(s) for s in recorded(f, *shape).steps if any(s.edges))
+
+
+def test_seconds_grow_with_rows_and_samples_and_are_never_none() -> None:
+    one = Work(products=1e6, bytes=1e4, calls=2)
+    assert seconds(Work(calls=3), 1, 1, NOMINAL) == pytest.approx(3 * NOMINAL.call)
+    assert seconds(one, 10, 4, NOMINAL) == pytest.approx(seconds(one, 4, 10, NOMINAL))
+    assert seconds(one, 20, 4, NOMINAL) > seconds(one, 10, 4, NOMINAL)
+    assert joined(9, 9, 9, 99, 2, 4, NOMINAL) < joined(9, 9, 9, 99, 0, 4, NOMINAL)
+
+
+def test_rates_are_measured_and_plausible() -> None:
+    found = cost.rates(torch.get_num_threads(), True)
+    for name in ("product", "small", "batched", "convolution", "transposed", "thin"):
+        assert 1e5 < getattr(found, name) < 1e15, name
+    assert found.cached > found.fresh / 10 > 1e5
+    assert 0 < found.call < 0.1
+    assert math.isfinite(found.call)
+    assert cost.rates(torch.get_num_threads(), True) is found
