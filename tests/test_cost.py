@@ -39,6 +39,11 @@ def test_multiply_adds_of_products() -> None:
     assert work(frozen(nn.Linear(5, 7, bias=False)), 5).products == 35
     assert work(frozen(nn.Linear(5, 7)), 4, 5).products == 4 * 35
     assert work(lambda x: x @ x.transpose(1, 2), 4, 5).products == 2 * 4 * 5 * 4
+    w = torch.ones(9, 4, dtype=F64)
+    assert work(lambda x: w @ x, 4, 5).products == 9 * 4 * 5
+    # scores of 6 positions by 6, their sum of values, and both again toward what was multiplied
+    heads = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
+    assert heads.products == 4 * 2 * 6 * 6 * 8
 
 
 def test_multiply_adds_of_convolutions() -> None:

@@ -126,6 +126,21 @@ def test_cuts_are_what_every_path_passes(program: list[tuple[int, int]]) -> None
         part = between(graph, upper, lower)
         assert part.steps[0].node is upper[0]
         assert part.steps[-1].node is lower[0]
+        inside = {slot for step in part.steps for slot in slots(step)}
+        assert all((e.node, e.slot) in inside for step in part.steps for e in step.edges if e)
+
+
+def test_between_two_cuts_nothing_leads_away() -> None:
+    """Toward one of two inputs, edges to the other are gone."""
+    x, other = (torch.randn(3, 4, dtype=F64, requires_grad=True) for _ in range(2))
+    y = (x.sin() * other.cos()).exp()
+    ends = [edge_of(t) for t in (x, other)]
+    assert y.grad_fn is not None
+    graph = prune([y.grad_fn], [(e.node, e.output_nr) for e in ends])
+    root = (y.grad_fn, 0)
+    part = between(graph, root, (ends[0].node, 0))
+    assert [len([e for e in step.edges if e]) for step in part.steps] == [1, 1, 1, 0]
+    assert not any("Cos" in step.name for step in part.steps)
 
 
 # The dynamic programme.

@@ -77,6 +77,7 @@ def choices(
     """For each target that a route was looked for, the best one, and whether it is to be taken."""
     if not seeds.width or (mode == "auto" and seeds.width <= FEW_ROWS):
         return {}
+    targets = {part: t for part, t in targets.items() if _entries(t.slot, t.shared)}
     if mode != "auto":
         return _choices(graph, root, targets, places, seeds, mode)
     key = _question(graph, tuple(targets), seeds)
@@ -147,7 +148,7 @@ def _choose(
 ) -> Choice | None:
     """The best route from ``root`` to ``target`` that ``mode`` allows; None where there is none."""
     found = _narrowest(cuts(graph, root, target.slot, places))
-    if len(found) < 2 or not _entries(target.slot, target.shared):
+    if len(found) < 2:
         return None
     if mode == "forward":
         missing = forward_ready(between(graph, root, target.slot))
