@@ -158,6 +158,9 @@ CALLS = {
     "mixed": Call(
         lambda: mlp(300, 256, 16, 256, 300), lambda: torch.randn(60, 300), {"mode": "mixed"}
     ),
+    "mixed past wide cuts": Call(
+        lambda: mlp(64, 512, 512, 64), lambda: torch.randn(800, 64), {"mode": "mixed"}
+    ),
     "mixed towards wide": Call(
         lambda: mlp(2000, 64, 8, 256, 256), lambda: torch.randn(10, 2000), {"mode": "mixed"}
     ),

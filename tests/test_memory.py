@@ -37,6 +37,7 @@ BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "parameters": (64, 128, 256),
     "forward": (32, 64, 128),
     "mixed": (32, 64, 128),
+    "mixed past wide cuts": (32, 64, 128),
 }
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
