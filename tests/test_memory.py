@@ -128,11 +128,12 @@ def test_a_chunk_fits_or_the_least_is_said(
 
 def test_rows_are_cut_for_the_cache_before_samples() -> None:
     plenty = 1 << 50
-    small = Need(saved=1000, live=memory.CACHE // 100)
+    small = Need(saved=1000, live=1, widest=memory.BLOCK // 100)
     assert memory.chunk(small, 10, 1000, plenty, 0, False) == Chunk(10, 10)
-    large = Need(saved=0, live=memory.CACHE // 4)
-    assert memory.chunk(large, 10, 3, plenty, 0, False) == Chunk(4, 1)
-    assert memory.chunk(large, 10, 3, plenty, 0, True) == Chunk(10, 1)
+    large = Need(saved=0, live=1, widest=memory.BLOCK // 8)
+    assert memory.chunk(large, 10, 2, plenty, 0, False) == Chunk(4, 2)
+    assert memory.chunk(large, 10, 2, plenty, 0, True) == Chunk(10, 1)
+    assert memory.chunk(large, 10, 1000, plenty, 0, False) == Chunk(1, 8)
 
 
 def test_the_first_forward_takes_what_is_likely_to_fit() -> None:
@@ -143,6 +144,17 @@ def test_the_first_forward_takes_what_is_likely_to_fit() -> None:
     assert 2 < first(10 << 20, True) < 50
     assert memory.first([x], None, 50, 1 << 40, True) == 2  # nothing to guess from
     assert memory.first([x], None, 50, 1 << 40, False) == 50
+
+
+def test_the_first_forward_of_a_large_batch_stays_in_the_cache() -> None:
+    plenty = 1 << 40
+    narrow, wide = nn.Linear(2, 2), nn.Linear(2, 1024)
+    large, small = torch.zeros(4096, 1024), torch.zeros(1 << 16, 2)
+    assert memory.first([large], narrow, 4096, plenty, False) == memory.FIRST // 4096
+    assert memory.first([small], wide, 1 << 16, plenty, False) == memory.BLOCK // 4096
+    assert memory.first([small], narrow, 1 << 16, plenty, False) == 1 << 16
+    tokens = torch.zeros(4096, 16, dtype=torch.long)
+    assert memory.first([tokens], narrow, 4096, plenty, False) == memory.FIRST_OF_INDEX // 128
     assert memory.first([x[:1]], wide, 1, 1, True) == 1
     tokens = torch.zeros(50, 100, dtype=torch.int64)
     assert memory.first([tokens], None, 50, 1 << 30, False) < memory.first(
