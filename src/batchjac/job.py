@@ -15,6 +15,7 @@ from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.graph import Graph, Slot, prune
 from batchjac.independence import Proof, frozen, leaks, prove
 from batchjac.problem import Problem
+from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
 
@@ -123,7 +124,7 @@ class Job:
         shared = tuple(g for g in self.goals if not g.target.per_sample)
         hooked = by_engine and self.problem.coupling != "sum"
         together = self.count == 1 or self.seeds.across or not (shared or hooked)
-        if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
+        if not together and not by_engine and self._kept_apart(shared):
             try:
                 self._push(sinks, rows, self.seeds, self.goals, self.proof, by_engine)
                 return
@@ -137,6 +138,12 @@ class Job:
         apart = self.goals if by_engine else shared
         self._push(sinks, rows, self.seeds, own, None, by_engine)
         self._push(sinks, rows, replace(self.seeds, across=True), apart, None, by_engine)
+
+    def _kept_apart(self, shared: tuple[Goal, ...]) -> bool:
+        """Whether one walk can give each sample its own gradient of what all samples share."""
+        places = self.proof.places
+        known = all(places.get(g.slot, SHARED) is SHARED for g in shared)
+        return known and per_sample_ready(self.graph, places)
 
     def _push(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchjac.answer import Part, nest, parts
+from batchjac.block import dense
 from batchjac.capture import Capture, Target, capture
 from batchjac.errors import CouplingError
 from batchjac.problem import Problem, pose
@@ -117,7 +118,7 @@ def _gradient(problem: Problem, y: Tensor, target: Target, cotangent: Tensor) ->
         y, target.edge, cotangent, retain_graph=True, create_graph=problem.create_graph,
         allow_unused=True,
     )  # fmt: skip
-    return zero if g is None else g
+    return zero if g is None else dense(g)
 
 
 @contextlib.contextmanager
