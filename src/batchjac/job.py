@@ -13,11 +13,12 @@ from batchjac.capture import Capture, Target
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.graph import Graph, Slot, prune
-from batchjac.independence import Proof, frozen, leaks, prove
+from batchjac.independence import Proof, frozen, probe, prove
 from batchjac.problem import Problem
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
+from batchjac.stand_in import Seen, not_finite, unseen
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Job:
     """
 
     problem: Problem
+    index: int  # of y among the leaves of what f gave
     y: Tensor
     samples: slice
     goals: tuple[Goal, ...]
@@ -90,7 +92,7 @@ class Job:
         if self.problem.coupling == "frozen" and graph.steps:
             # decided where the samples show, which parameters alone may not
             roots = [step.node for step in graph.steps[:1]]
-            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.leaks)
+            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.mixes)
             names = {step.node: step.name for step in whole.steps}
             steps = tuple(replace(step, name=names[step.node]) for step in graph.steps)
             return replace(graph, steps=steps)
@@ -101,10 +103,17 @@ class Job:
         """Where other samples would show: what has samples among the goals, else the inputs."""
         return [g.slot for g in self.goals if g.target.per_sample] or list(self.inputs)
 
-    def leaks(self, graph: Graph | None) -> bool:
-        """Whether samples reach each other along this graph; without one, by autograd's engine."""
+    def mixes(self, graph: Graph) -> bool:
+        """Whether samples reach each other along this graph, as far as NaN in them shows it."""
+        seen = self.probe(graph)
+        if seen.leaks or not seen.wholly.any():
+            return seen.leaks
+        return bool((seen.wholly & ~not_finite(self.problem, self.samples)).any())
+
+    def probe(self, graph: Graph | None) -> Seen:
+        """What reaches other samples along this graph; without one, by autograd's engine."""
         if not self.witnesses:
-            return False
+            return unseen(self.count)
         edges = [GradientEdge(node, slot) for node, slot in self.witnesses]
 
         def push(block: Block) -> dict[Slot, Block]:
@@ -113,7 +122,7 @@ class Job:
             assert self.root is not None
             return walk(graph, {self.root: block}, self.kernels)
 
-        return leaks(self.y, self.witnesses, push)
+        return probe(self.y, self.witnesses, push)
 
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""
@@ -199,6 +208,6 @@ def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) 
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, captured.outputs[k], samples, tuple(goals), inputs, kernels)
         for k, goals in found.items()
     ]

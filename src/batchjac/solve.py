@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac import memory, verify
+from batchjac import coupling, memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture, without_graph
 from batchjac.engines.sweep import Kernels
@@ -25,7 +25,6 @@ from batchjac.errors import (
 from batchjac.graph import Slot
 from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs
-from batchjac.locate import coupled
 from batchjac.memory import Chunk
 from batchjac.plan import Plan
 from batchjac.problem import Problem
@@ -305,8 +304,7 @@ class _Run:
             self.independence = "proved from the graph"
             return
         self.independence = "probed"
-        if job.leaks(None if self.by_engine else graph):
-            raise CouplingError(coupled(self.problem, captured, graph, proof.suspects[:3]))
+        coupling.probe(job, captured, graph, proof, self.by_engine)
 
     def _distrust(self, job: Job, captured: Capture, reason: str) -> None:
         """From here on rows go one at a time through autograd, whose hooks then run."""
