@@ -1,4 +1,4 @@
-"""Do samples depend on each other? What the gradients of one chunk say, and its values beside others."""
+"""Do samples depend on each other? What gradients of one chunk say, and values of several."""
 
 import torch
 

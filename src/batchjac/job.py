@@ -51,6 +51,7 @@ class Job:
 
     problem: Problem
     index: int  # of y among the leaves of what f gave
+    path: str  # of the same, for messages
     y: Tensor
     samples: slice
     goals: tuple[Goal, ...]
@@ -60,7 +61,8 @@ class Job:
     @cached_property
     def seeds(self) -> Seeds:
         """The rows that are asked for."""
-        return seeds(self.y, self.problem.outputs, self.problem.coupling, self.samples)
+        problem = self.problem
+        return seeds(self.y, problem.outputs, problem.coupling, self.samples, self.path)
 
     @cached_property
     def graph(self) -> Graph:
@@ -204,10 +206,11 @@ def _zeros(target: Target, rows: int) -> Block:
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
     """One job for each differentiable output."""
     inputs = tuple((edge.node, edge.output_nr) for edge in captured.inputs)
+    paths = captured.values.paths
     found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, k, captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels)
         for k, goals in found.items()
     ]

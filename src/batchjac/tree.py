@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from batchjac.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
@@ -22,13 +24,29 @@ class Tree:
         return self.build([change(leaf) for leaf in self.leaves])
 
 
-def flatten(value: Any, path: str = "") -> Tree:
+def flatten(value: Any) -> Tree:
     """Take a nested value apart; anything that is no container is a leaf."""
+    try:
+        return _flatten(value, "", ())
+    except RecursionError as error:
+        raise InputError(
+            "containers are nested too deeply to be taken apart; pass fewer levels"
+        ) from error
+
+
+def _flatten(value: Any, path: str, inside: tuple[int, ...]) -> Tree:
+    """The same at ``path``, in the containers of these identities."""
     parts = _children(value)
     if parts is None:
         return Tree((value,), (path,), lambda leaves: leaves[0])
+    if id(value) in inside:
+        raise InputError(
+            f"a {type(value).__name__} contains itself, at {path}; pass or return containers that "
+            "end in tensors"
+        )
     keys, children, rebuild = parts
-    trees = [flatten(c, path + k) for k, c in zip(keys, children, strict=True)]
+    within = (*inside, id(value))
+    trees = [_flatten(c, path + k, within) for k, c in zip(keys, children, strict=True)]
 
     def build(leaves: Sequence[Any]) -> Any:
         built, start = [], 0

@@ -58,8 +58,8 @@ def jacobian(
 
 
 def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -> Tensor:
-    y = captured.outputs[part[0]]
-    rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
+    y, path = captured.outputs[part[0]], captured.values.paths[part[0]]
+    rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples), path)
     n = captured.samples
     if not rows.width:
         inner = target.shape[1:] if target.per_sample and not rows.across else target.shape
