@@ -1,7 +1,13 @@
 """Do samples depend on each other? What gradients of one chunk say, and values of several."""
 
-import torch
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from batchjac import verify
 from batchjac.capture import Capture, capture
 from batchjac.errors import CouplingError
 from batchjac.graph import Graph
@@ -10,6 +16,7 @@ from batchjac.job import Job, jobs
 from batchjac.locate import coupled
 from batchjac.problem import Problem
 from batchjac.stand_in import Seen, decide
+from batchjac.tree import Tree
 
 
 def probe(job: Job, captured: Capture, graph: Graph, proof: Proof, by_engine: bool) -> None:
@@ -31,3 +38,108 @@ def probe(job: Job, captured: Capture, graph: Graph, proof: Proof, by_engine: bo
             "numbers in the place of their inputs. Look for NaN in parameters and buffers, or say "
             'what you want: coupling="sum" or "full"'
         )
+
+
+# Samples on either side of a border between chunks whose values are compared across it, at most.
+REACH = 8
+# All that is compared may take one part in so many of the work, beside the first border.
+SHARE = 16
+
+
+@dataclass
+class Values:
+    """Whether the value of a sample depends on which others come with it, chunk after chunk.
+
+    Coupling that no gradient of a chunk shows (a branch on the whole batch, detached statistics, a
+    layer before the one that is asked for, a sample that reads one of the next chunk) would make
+    the answer depend on the chunks. The first chunk is compared with its first half; what is next
+    to a border between two chunks with a forward across it, at the first border with one of the
+    whole first chunk and some samples more, if that is little beside the job.
+
+    Unseen remain: samples that read only others further than ``REACH`` beyond a border, or, where
+    chunks and rows are few beside a forward, beyond borders left out or looked at less far;
+    functions that know their samples by the place among those that come together, where that place
+    is in no forward across a border; differences of the size of rounding; and all of it where
+    random numbers are drawn, which differ anyway.
+    """
+
+    problem: Problem
+    restore: Callable[[], None]
+    spent: int = 0  # samples through forwards of ours
+    work: int = 0  # samples through forwards of the job, a row of a walk counted as two
+    random: bool = False
+
+    def half(self, samples: slice, captured: Capture) -> None:
+        """Refuse if the first chunk has other values than half of it."""
+        part = slice(samples.start, samples.start + max(1, captured.samples // 2))
+        if captured.samples == 1:
+            part = slice(samples.start, samples.start + 2)
+        with self._again(part) as again:
+            for path, index, y in _outputs(again):
+                theirs = captured.outputs[index]
+                n = min(len(y), len(theirs))
+                _compare(path, theirs[:n], y[:n])
+
+    def border(self, done: Sequence[tuple[int, Tree]], stop: int, rows: int, most: int) -> None:
+        """Refuse if the last chunk and those before have other values than both together.
+
+        ``done`` holds the number of samples and the value of every chunk up to sample ``stop``;
+        ``rows`` are what a sample has; a forward may take ``most`` samples.
+        """
+        border = stop - done[-1][0]
+        self.work += done[-1][0] * (1 + 2 * rows)
+        if border == 0 or self.random:
+            return
+        reach = REACH if len(done) == 2 else min(REACH, (self.work // SHARE - self.spent) // 2)
+        reach = min(reach, most // 2)
+        if reach < 1:
+            return
+        high = min(stop, border + reach)
+        low = max(0, border - reach)
+        if len(done) == 2 and high * SHARE <= self.problem.samples * (1 + 2 * rows):
+            low = 0
+        low = max(low, high - most)
+        self.spent += high - low
+        with self._again(slice(low, high)) as again:
+            for path, index, y in _outputs(again):
+                _compare(path, _between(done, index, stop, low, high), y)
+
+    @contextlib.contextmanager
+    def _again(self, samples: slice) -> Iterator[Capture | None]:
+        """The forward of these samples; None if it draws random numbers."""
+        state = torch.get_rng_state()
+        self.restore()
+        with torch.random.fork_rng([]), capture(self.problem, samples) as again:
+            self.random = not torch.equal(state, torch.get_rng_state())
+            yield None if self.random else again
+
+
+def _outputs(captured: Capture | None) -> list[tuple[str, int, Tensor]]:
+    """Each output: its path, its index and its value."""
+    if captured is None:
+        return []
+    return [(captured.values.paths[k], k, y) for k, y in captured.outputs.items()]
+
+
+def _compare(path: str, before: Tensor, now: Tensor) -> None:
+    if before.shape != now.shape or not verify.close(before.detach(), now.detach()):
+        raise CouplingError(
+            f"output{path} of a sample depends on which other samples are in the batch (a branch "
+            "on the whole batch, or statistics of it), and the batch does not fit into max_memory "
+            "at once: raise max_memory, use model.eval(), or make the function independent of them"
+        )
+
+
+def _between(
+    done: Sequence[tuple[int, Tree]], index: int, stop: int, low: int, high: int
+) -> Tensor:
+    """Samples ``low`` to ``high`` of one output, from the chunks so far, which end at ``stop``."""
+    parts: list[Tensor] = []
+    for count, tree in reversed(done):
+        start = stop - count
+        if low < stop:
+            parts.append(tree.leaves[index][max(0, low - start) : high - start])
+        if low >= start:
+            break
+        stop = start
+    return torch.cat(parts[::-1])

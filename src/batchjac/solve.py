@@ -107,7 +107,12 @@ class _Run:
     checked: bool = False  # a chunk of at least two samples was looked at
     independence: str = "not asked"
     rows: int = 0  # of the last walk
+    width: int = 1  # rows of one sample
     need: memory.Need | None = None  # of the present capture
+    compared: coupling.Values = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.compared = coupling.Values(self.problem, self.restore)
 
     @property
     def whole(self) -> bool:
@@ -130,6 +135,7 @@ class _Run:
                 gc.collect()
             if done:
                 start = stop
+                self._across(stop)
         self._report()
         assert self.skeleton is not None
         j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
@@ -151,6 +157,19 @@ class _Run:
                 f"out of memory with {'the whole batch' if self.whole else 'one sample'} and one "
                 "row at a time; free memory, use a smaller model or input, or another device"
             ) from error
+
+    def _across(self, stop: int) -> None:
+        """Compare values across the border before the chunk that ends at ``stop``."""
+        if self.whole:
+            return
+        room = 1 << 62
+        if self.need is not None:
+            room = memory.spare(self.allowed, self.result) // max(1, self.need.saved)
+        try:
+            self.compared.border(stop, self.values[-1][0], self.width, max(2, room))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _first(self) -> Chunk:
         """The first chunk, before anything is known but the inputs."""
@@ -177,6 +196,7 @@ class _Run:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
+        self.width = _rows(work)
         here = self.chunk
         first = not self.sinks
         if first:
@@ -202,34 +222,11 @@ class _Run:
             self._fill(job, captured, self.rows)
         values = kept(captured.values, self.valued, self.problem.create_graph)
         self.values.append((captured.samples, values))
-        if first and captured.samples < self.problem.samples and not self.whole:
-            self._compare_part(samples, captured)
+        if captured.samples < self.problem.samples and not self.whole:
+            self.compared.keep(captured)
+            if len(self.values) == 1:
+                self.compared.half(samples, captured)
         return True
-
-    def _compare_part(self, samples: slice, captured: Capture) -> None:
-        """Refuse a function whose value depends on which samples come together.
-
-        Coupling that no gradient shows (a branch on the whole batch, detached statistics, a layer
-        before the one that is asked for) would make the answer depend on the chunks.
-        """
-        part = slice(samples.start, samples.start + max(1, captured.samples // 2))
-        if captured.samples == 1:
-            part = slice(samples.start, samples.start + 2)
-        state = torch.get_rng_state()
-        self.restore()
-        with torch.random.fork_rng([]), capture(self.problem, part) as again:
-            if not torch.equal(state, torch.get_rng_state()):
-                return  # random numbers differ from chunk to chunk, as is documented
-            for index, y in captured.outputs.items():
-                n = min(len(y), len(again.outputs[index]))
-                whole, half = y[:n].detach(), again.outputs[index][:n].detach()
-                if whole.shape != half.shape or not verify.close(whole, half):
-                    raise CouplingError(
-                        f"output{captured.values.paths[index]} of a sample depends on which other "
-                        "samples are in the batch (a branch on the whole batch, or statistics of "
-                        "it), and the batch does not fit into max_memory at once: raise "
-                        "max_memory, use model.eval(), or make the function independent of them"
-                    )
 
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
