@@ -162,11 +162,12 @@ class _Run:
         """Compare values across the border before the chunk that ends at ``stop``."""
         if self.whole:
             return
-        room = 1 << 62
+        room = self.most.samples // 2  # less than what failed, if memory ran out
         if self.need is not None:
-            room = memory.spare(self.allowed, self.result) // max(1, self.need.saved)
+            fits = memory.spare(self.allowed, self.result) // max(1, self.need.saved)
+            room = min(room, max(2, fits))
         try:
-            self.compared.border(stop, self.values[-1][0], self.width, max(2, room))
+            self.compared.border(stop, self.values[-1][0], self.width, room)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
