@@ -12,7 +12,7 @@ from batchjac.block import Block
 from batchjac.capture import Capture, Target
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
-from batchjac.graph import Graph, Slot, prune
+from batchjac.graph import DEEP, Graph, Slot, hold, prune
 from batchjac.independence import Proof, frozen, probe, prove
 from batchjac.problem import Problem
 from batchjac.samples import SHARED
@@ -205,6 +205,8 @@ def _zeros(target: Target, rows: int) -> Block:
 
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
     """One job for each differentiable output."""
+    if captured.nodes > DEEP and not problem.create_graph:  # a history is for the caller to free
+        hold([y.grad_fn for y in captured.outputs.values() if y.grad_fn is not None])
     inputs = tuple((edge.node, edge.output_nr) for edge in captured.inputs)
     paths = captured.values.paths
     found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}

@@ -22,7 +22,7 @@ from batchjac.errors import (
     UnsupportedError,
     is_out_of_memory,
 )
-from batchjac.graph import Slot
+from batchjac.graph import Slot, held, let_go, taken_apart
 from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.memory import Chunk
@@ -52,7 +52,7 @@ def solve(
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
     _count_nan(problem)
-    with untouched(problem.module) as restore:
+    with untouched(problem.module) as restore, taken_apart(restore):
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
         given = (allowed, max_memory is not None, out, fixed, valued, restore)
@@ -133,6 +133,7 @@ class _Run:
                 done = False
                 self._shrink(stop - start, error)
                 gc.collect()
+            self._free()
             if done:
                 start = stop
                 self._across(stop)
@@ -140,6 +141,12 @@ class _Run:
         assert self.skeleton is not None
         j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
         return Solution(self.values, j)
+
+    def _free(self) -> None:
+        """Take a deep graph apart, now that nothing but the module may refer to it."""
+        if held():
+            self.restore()
+            let_go()
 
     def _shrink(self, samples: int, error: Exception) -> None:
         """Half the samples, else half the rows, after memory ran out; so there is an end of it."""

@@ -47,13 +47,13 @@ def _flatten(value: Any, path: str, inside: tuple[int, ...]) -> Tree:
     keys, children, rebuild = parts
     within = (*inside, id(value))
     trees = [_flatten(c, path + k, within) for k, c in zip(keys, children, strict=True)]
+    parts_of = [(len(tree.leaves), tree.build) for tree in trees]  # and not the leaves themselves
 
     def build(leaves: Sequence[Any]) -> Any:
         built, start = [], 0
-        for tree in trees:
-            stop = start + len(tree.leaves)
-            built.append(tree.build(leaves[start:stop]))
-            start = stop
+        for count, part in parts_of:
+            built.append(part(leaves[start : start + count]))
+            start += count
         return rebuild(built)
 
     return Tree(
@@ -85,6 +85,15 @@ def _children(value: Any) -> _Parts | None:
             lambda new: _dataclass(value, names, new),
         )
     return None
+
+
+def emptied(tree: Tree, leaf: Callable[[Any], Any]) -> Tree:
+    """The same nesting with ``leaf`` of each leaf, which keeps nothing else of the old value.
+
+    A container that has to be copied to be built again keeps what it once held.
+    """
+    made = flatten(tree.map(leaf))
+    return Tree(made.leaves, tree.paths, made.build)
 
 
 def _mapping(old: Mapping[Any, Any], children: list[Any]) -> Any:
