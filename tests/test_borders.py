@@ -70,6 +70,19 @@ def test_independent_samples_pass(samples: int, create_graph: bool) -> None:
     torch.testing.assert_close(found, torch.diag_embed(x.cos() + 1))
 
 
+@pytest.mark.parametrize("samples", [1, 3, 16])
+def test_a_constant_that_depends_on_the_place_passes(samples: int) -> None:
+    """Sample k of what comes together gets one more at entry k: no derivative sees it."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin()
+        y.diagonal().add_(1)
+        return y
+
+    x = marked(61)
+    torch.testing.assert_close(jacobian_in_chunks(f, x, samples, 2), torch.diag_embed(x.cos()))
+
+
 def test_random_layers_pass() -> None:
     assert jacobian_in_chunks(nn.Dropout(0.5), marked(61), 8, 3).shape == (61, 3, 3)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchjac import verify
 from batchjac.capture import Capture, capture
+from batchjac.engines.sweep import Kernels
 from batchjac.errors import CouplingError
 from batchjac.graph import Graph
 from batchjac.independence import Proof
@@ -54,13 +55,15 @@ class Values:
     layer before the one that is asked for, a sample that reads one of the next chunk) would make
     the answer depend on the chunks. The first chunk is compared with its first half; what is next
     to a border between two chunks with a forward across it, at the first border with one of the
-    whole first chunk and some samples more, if that is little beside the job.
+    whole first chunk and some samples more, if that is little beside the job. A value that differs
+    there may depend on its place alone, which leaves the Jacobian right, so gradients decide.
 
     Unseen remain: samples that read only others further than ``REACH`` beyond a border, or, where
     chunks and rows are few beside a forward, beyond borders left out or looked at less far;
     functions that know their samples by the place among those that come together, where that place
-    is in no forward across a border; differences of the size of rounding; and all of it where
-    random numbers are drawn, which differ anyway.
+    is in no forward across a border; values that no gradient explains, but at the first chunk;
+    differences of the size of rounding; and all of it where random numbers are drawn, which differ
+    anyway.
     """
 
     problem: Problem
@@ -78,7 +81,8 @@ class Values:
             for path, index, y in _outputs(again):
                 theirs = captured.outputs[index]
                 n = min(len(y), len(theirs))
-                _compare(path, theirs[:n], y[:n])
+                if not _same(theirs[:n], y[:n]):
+                    raise CouplingError(_depends(path))
 
     def border(self, done: Sequence[tuple[int, Tree]], stop: int, rows: int, most: int) -> None:
         """Refuse if the last chunk and those before have other values than both together.
@@ -102,7 +106,14 @@ class Values:
         self.spent += high - low
         with self._again(slice(low, high)) as again:
             for path, index, y in _outputs(again):
-                _compare(path, _between(done, index, stop, low, high), y)
+                if again and not _same(_between(done, index, stop, low, high), y):
+                    self._confirm(path, index, again, slice(low, high))
+
+    def _confirm(self, path: str, index: int, again: Capture, samples: slice) -> None:
+        """Refuse if a gradient crosses the border: a value may also depend on the place alone."""
+        for job in jobs(self.problem, again, samples, Kernels()):
+            if job.index == index and job.root is not None and job.probe(None).leaks:
+                raise CouplingError(_depends(path))
 
     @contextlib.contextmanager
     def _again(self, samples: slice) -> Iterator[Capture | None]:
@@ -121,13 +132,16 @@ def _outputs(captured: Capture | None) -> list[tuple[str, int, Tensor]]:
     return [(captured.values.paths[k], k, y) for k, y in captured.outputs.items()]
 
 
-def _compare(path: str, before: Tensor, now: Tensor) -> None:
-    if before.shape != now.shape or not verify.close(before.detach(), now.detach()):
-        raise CouplingError(
-            f"output{path} of a sample depends on which other samples are in the batch (a branch "
-            "on the whole batch, or statistics of it), and the batch does not fit into max_memory "
-            "at once: raise max_memory, use model.eval(), or make the function independent of them"
-        )
+def _same(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and verify.close(before.detach(), now.detach())
+
+
+def _depends(path: str) -> str:
+    return (
+        f"output{path} of a sample depends on which other samples are in the batch (a branch on "
+        "the whole batch, or statistics of it), and the batch does not fit into max_memory at "
+        "once: raise max_memory, use model.eval(), or make the function independent of them"
+    )
 
 
 def _between(

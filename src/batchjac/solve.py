@@ -133,10 +133,10 @@ class _Run:
                 done = False
                 self._shrink(stop - start, error)
                 gc.collect()
-            self._free()
             if done:
                 start = stop
                 self._across(stop)
+            self._free()
         self._report()
         assert self.skeleton is not None
         j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
