@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -110,9 +109,9 @@ def test_a_look_across_takes_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) 
 
     looks, seen = coupling.Values.border, list[int]()
 
-    def border(self: coupling.Values, done: list[Any], stop: int, rows: int, most: int) -> None:
+    def border(self: coupling.Values, stop: int, last: int, rows: int, most: int) -> None:
         seen.clear()
-        looks(self, done, stop, rows, 3)
+        looks(self, stop, last, rows, 3)
         assert sum(seen) in (0, 2, 3)
         sizes.extend(seen)
 

@@ -1,8 +1,8 @@
 """Do samples depend on each other? What gradients of one chunk say, and values of several."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from batchjac.independence import Proof
 from batchjac.job import Job, jobs
 from batchjac.locate import coupled
 from batchjac.problem import Problem
+from batchjac.solution import detached
 from batchjac.stand_in import Seen, decide
-from batchjac.tree import Tree
 
 
 def probe(job: Job, captured: Capture, graph: Graph, proof: Proof, by_engine: bool) -> None:
@@ -71,6 +71,7 @@ class Values:
     spent: int = 0  # samples through forwards of ours
     work: int = 0  # samples through forwards of the job, a row of a walk counted as two
     random: bool = False
+    ends: dict[int, Tensor] = field(default_factory=dict)  # values of the last samples so far
 
     def half(self, samples: slice, captured: Capture) -> None:
         """Refuse if the first chunk has other values than half of it."""
@@ -84,30 +85,46 @@ class Values:
                 if not _same(theirs[:n], y[:n]):
                     raise CouplingError(_depends(path))
 
-    def border(self, done: Sequence[tuple[int, Tree]], stop: int, rows: int, most: int) -> None:
-        """Refuse if the last chunk and those before have other values than both together.
+    def keep(self, captured: Capture) -> None:
+        """Add the value of the chunk just done to what is known of those before."""
+        for index, y in captured.outputs.items():
+            before = self.ends.get(index)
+            self.ends[index] = detached(y) if before is None else torch.cat([before, y.detach()])
 
-        ``done`` holds the number of samples and the value of every chunk up to sample ``stop``;
-        ``rows`` are what a sample has; a forward may take ``most`` samples.
+    def border(self, stop: int, last: int, rows: int, most: int) -> None:
+        """Refuse if the chunk of the ``last`` samples and those before differ from both together.
+
+        The chunk ends at sample ``stop``; ``rows`` are what a sample has; a forward may take
+        ``most`` samples.
         """
-        border = stop - done[-1][0]
-        self.work += done[-1][0] * (1 + 2 * rows)
+        self._across(stop, stop - last, rows, most)
+        if stop > last:
+            self.ends = {k: y[-REACH:].clone() for k, y in self.ends.items()}
+
+    def _across(self, stop: int, border: int, rows: int, most: int) -> None:
+        self.work += (stop - border) * (1 + 2 * rows)
         if border == 0 or self.random:
             return
-        reach = REACH if len(done) == 2 else min(REACH, (self.work // SHARE - self.spent) // 2)
+        first = self.spent == 0
+        reach = REACH if first else min(REACH, (self.work // SHARE - self.spent) // 2)
         reach = min(reach, most // 2)
         if reach < 1:
             return
         high = min(stop, border + reach)
         low = max(0, border - reach)
-        if len(done) == 2 and high * SHARE <= self.problem.samples * (1 + 2 * rows):
+        if first and high * SHARE <= self.problem.samples * (1 + 2 * rows):
             low = 0
-        low = max(low, high - most)
+        low = max(low, high - most, stop - min(map(len, self.ends.values())))
         self.spent += high - low
         with self._again(slice(low, high)) as again:
             for path, index, y in _outputs(again):
-                if again and not _same(_between(done, index, stop, low, high), y):
+                if again and not _same(self._between(index, stop, low, high), y):
                     self._confirm(path, index, again, slice(low, high))
+
+    def _between(self, index: int, stop: int, low: int, high: int) -> Tensor:
+        """Samples ``low`` to ``high`` of one output, of which the last known is before ``stop``."""
+        known = self.ends[index]
+        return known[len(known) - (stop - low) : len(known) - (stop - high)]
 
     def _confirm(self, path: str, index: int, again: Capture, samples: slice) -> None:
         """Refuse if a gradient crosses the border: a value may also depend on the place alone."""
@@ -142,18 +159,3 @@ def _depends(path: str) -> str:
         "the whole batch, or statistics of it), and the batch does not fit into max_memory at "
         "once: raise max_memory, use model.eval(), or make the function independent of them"
     )
-
-
-def _between(
-    done: Sequence[tuple[int, Tree]], index: int, stop: int, low: int, high: int
-) -> Tensor:
-    """Samples ``low`` to ``high`` of one output, from the chunks so far, which end at ``stop``."""
-    parts: list[Tensor] = []
-    for count, tree in reversed(done):
-        start = stop - count
-        if low < stop:
-            parts.append(tree.leaves[index][max(0, low - start) : high - start])
-        if low >= start:
-            break
-        stop = start
-    return torch.cat(parts[::-1])

@@ -156,11 +156,14 @@ def held() -> bool:
     return bool(_held)
 
 
-def let_go() -> None:
+def let_go(restore: Callable[[], None]) -> None:
     """Free the nodes that are held, each before those below it.
 
-    Nothing else may refer to the graphs any more: no tensor, no step, no frame of a traceback.
+    Nothing else may refer to the graphs any more: no tensor, no step, no frame of a traceback;
+    ``restore`` sees to the module, which may keep what it computed.
     """
+    if _held:
+        restore()
     while _held:
         nodes = _held.pop()
         while nodes:
@@ -177,7 +180,5 @@ def taken_apart(restore: Callable[[], None]) -> Iterator[None]:
         while held() and reason is not None:
             traceback.clear_frames(reason.__traceback__)
             reason = reason.__cause__ or reason.__context__
-        if held():
-            restore()
-            let_go()
+        let_go(restore)
         raise

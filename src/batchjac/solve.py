@@ -22,7 +22,7 @@ from batchjac.errors import (
     UnsupportedError,
     is_out_of_memory,
 )
-from batchjac.graph import Slot, held, let_go, taken_apart
+from batchjac.graph import Slot, let_go, taken_apart
 from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs
 from batchjac.memory import Chunk
@@ -136,17 +136,11 @@ class _Run:
             if done:
                 start = stop
                 self._across(stop)
-            self._free()
+            let_go(self.restore)
         self._report()
         assert self.skeleton is not None
         j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
         return Solution(self.values, j)
-
-    def _free(self) -> None:
-        """Take a deep graph apart, now that nothing but the module may refer to it."""
-        if held():
-            self.restore()
-            let_go()
 
     def _shrink(self, samples: int, error: Exception) -> None:
         """Half the samples, else half the rows, after memory ran out; so there is an end of it."""
