@@ -12,11 +12,13 @@ from batchjac.block import Block
 from batchjac.capture import Capture, Target
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
-from batchjac.graph import Graph, Slot, prune
-from batchjac.independence import Proof, frozen, leaks, prove
+from batchjac.graph import DEEP, Graph, Slot, hold, prune
+from batchjac.independence import Proof, frozen, probe, prove
 from batchjac.problem import Problem
+from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
+from batchjac.stand_in import Seen, not_finite, unseen
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Job:
     """
 
     problem: Problem
+    index: int  # of y among the leaves of what f gave
+    path: str  # of the same, for messages
     y: Tensor
     samples: slice
     goals: tuple[Goal, ...]
@@ -57,7 +61,8 @@ class Job:
     @cached_property
     def seeds(self) -> Seeds:
         """The rows that are asked for."""
-        return seeds(self.y, self.problem.outputs, self.problem.coupling, self.samples)
+        problem = self.problem
+        return seeds(self.y, problem.outputs, problem.coupling, self.samples, self.path)
 
     @cached_property
     def graph(self) -> Graph:
@@ -89,7 +94,7 @@ class Job:
         if self.problem.coupling == "frozen" and graph.steps:
             # decided where the samples show, which parameters alone may not
             roots = [step.node for step in graph.steps[:1]]
-            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.leaks)
+            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.mixes)
             names = {step.node: step.name for step in whole.steps}
             steps = tuple(replace(step, name=names[step.node]) for step in graph.steps)
             return replace(graph, steps=steps)
@@ -100,10 +105,17 @@ class Job:
         """Where other samples would show: what has samples among the goals, else the inputs."""
         return [g.slot for g in self.goals if g.target.per_sample] or list(self.inputs)
 
-    def leaks(self, graph: Graph | None) -> bool:
-        """Whether samples reach each other along this graph; without one, by autograd's engine."""
+    def mixes(self, graph: Graph) -> bool:
+        """Whether samples reach each other along this graph, as far as NaN in them shows it."""
+        seen = self.probe(graph)
+        if seen.leaks or not seen.wholly.any():
+            return seen.leaks
+        return bool((seen.wholly & ~not_finite(self.problem, self.samples)).any())
+
+    def probe(self, graph: Graph | None) -> Seen:
+        """What reaches other samples along this graph; without one, by autograd's engine."""
         if not self.witnesses:
-            return False
+            return unseen(self.count)
         edges = [GradientEdge(node, slot) for node, slot in self.witnesses]
 
         def push(block: Block) -> dict[Slot, Block]:
@@ -112,7 +124,7 @@ class Job:
             assert self.root is not None
             return walk(graph, {self.root: block}, self.kernels)
 
-        return leaks(self.y, self.witnesses, push)
+        return probe(self.y, self.witnesses, push)
 
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""
@@ -123,7 +135,7 @@ class Job:
         shared = tuple(g for g in self.goals if not g.target.per_sample)
         hooked = by_engine and self.problem.coupling != "sum"
         together = self.count == 1 or self.seeds.across or not (shared or hooked)
-        if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
+        if not together and not by_engine and self._kept_apart(shared):
             try:
                 self._push(sinks, rows, self.seeds, self.goals, self.proof, by_engine)
                 return
@@ -137,6 +149,12 @@ class Job:
         apart = self.goals if by_engine else shared
         self._push(sinks, rows, self.seeds, own, None, by_engine)
         self._push(sinks, rows, replace(self.seeds, across=True), apart, None, by_engine)
+
+    def _kept_apart(self, shared: tuple[Goal, ...]) -> bool:
+        """Whether one walk can give each sample its own gradient of what all samples share."""
+        places = self.proof.places
+        known = all(places.get(g.slot, SHARED) is SHARED for g in shared)
+        return known and per_sample_ready(self.graph, places)
 
     def _push(
         self,
@@ -187,11 +205,14 @@ def _zeros(target: Target, rows: int) -> Block:
 
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
     """One job for each differentiable output."""
+    if captured.nodes > DEEP and not problem.create_graph:  # a history is for the caller to free
+        hold([y.grad_fn for y in captured.outputs.values() if y.grad_fn is not None])
     inputs = tuple((edge.node, edge.output_nr) for edge in captured.inputs)
+    paths = captured.values.paths
     found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels)
         for k, goals in found.items()
     ]
