@@ -38,9 +38,7 @@ CASES = (
     Case("1-D CNN", models.cnn1d, (1024, 1, 224), (2.5, 2.5)),
     Case("MLP 784-512-512-10", mlp(784, 512, 512, 10), (512, 784), (2.4, 1.3)),
     Case("autoencoder", mlp(784, 256, 16, 256, 784), (64, 784), (15, 8)),
-    Case(
-        "field network", mlp(2, 256, 256, 256, 3, activation=nn.Tanh), (4096, 2), (3, 1.3)
-    ),
+    Case("field network", mlp(2, 256, 256, 256, 3, activation=nn.Tanh), (4096, 2), (3, 1.3)),
     Case("decoder", mlp(16, 256, 512, 1024), (256, 16), (2.5, 1.2)),
     Case("square block", mlp(64, 128, 64, activation=nn.Tanh), (256, 64), (5, 1)),
     Case("small ResNet", models.small_resnet, (64, 3, 32, 32), (2, 2)),

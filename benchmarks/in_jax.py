@@ -9,7 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 from torch import Tensor, nn
 
-from benchmarks.translate import Foreign, Placed, forward, to_last
+from benchmarks.translate import Compiled, forward, to_last
 from benchmarks.ways import Compute
 
 LETTERS = "DHW"
@@ -77,9 +77,9 @@ def prepare(model: nn.Module, x: Tensor) -> Compute:
     if few[0].size <= 8 * y.size:  # beyond that no kernel makes up for the number of columns
         other = jax.jit(jax.vmap(jax.jacfwd(one)))
         function = min(function, other, key=lambda f: seconds(f, few))
-    placed = Placed(model, jnp.asarray)
 
-    def compute(part: Tensor, into: Tensor | None) -> Foreign:
-        return Foreign(model, function(placed(part)).block_until_ready(), part.ndim)
+    def compiler(given: Any) -> Any:
+        made = function.lower(given).compile()
+        return lambda x: made(x).block_until_ready()
 
-    return compute
+    return Compiled(model, jnp.asarray, compiler)

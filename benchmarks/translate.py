@@ -206,15 +206,26 @@ class Foreign:
         return from_last(self.model, self.j, self.rank)
 
 
-class Placed:
-    """Inputs where the other library wants them, before any clock starts."""
+class Compiled:
+    """The way of another library: inputs placed and graphs compiled before any clock starts."""
 
-    def __init__(self, model: nn.Module, place: Callable[[Any], Any]) -> None:
-        self.model, self.place = model, place
-        self.known: dict[tuple[int, int], Any] = {}
+    def __init__(
+        self, model: nn.Module, place: Callable[[Any], Any], compiler: Callable[[Any], Any]
+    ) -> None:
+        self.model, self.place, self.compiler = model, place, compiler
+        self.placed: dict[tuple[int, int], Any] = {}
+        self.functions: dict[int, Any] = {}
 
-    def __call__(self, x: Tensor) -> Any:
+    def compile(self, x: Tensor) -> Any:
+        """The function for this many samples, and the samples."""
         key = (x.data_ptr(), len(x))
-        if key not in self.known:
-            self.known[key] = self.place(to_last(self.model, x))
-        return self.known[key]
+        if key not in self.placed:
+            self.placed[key] = self.place(to_last(self.model, x))
+        given = self.placed[key]
+        if len(x) not in self.functions:
+            self.functions[len(x)] = self.compiler(given)
+        return self.functions[len(x)], given
+
+    def __call__(self, x: Tensor, into: Tensor | None) -> Foreign:
+        function, given = self.compile(x)
+        return Foreign(self.model, function(given), x.ndim)
