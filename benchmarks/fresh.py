@@ -54,6 +54,10 @@ def heights() -> Iterator[int]:
 def brief(error: BaseException) -> str:
     """An error in a table's cell."""
     lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, ModuleNotFoundError):
+        return "not installed"
+    if type(error).__name__ == "NotWrittenError":
+        return "not written"
     said = f"{type(error).__name__}: {lines[0]}".replace("|", "/")
     return said if len(said) <= 120 else said[:117] + "..."
 
