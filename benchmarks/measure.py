@@ -123,13 +123,15 @@ def alone(case: Case, way: Way, form: str, chunk: int, options: Options, say: Sa
     if least_bytes(way, way.doubled[tuned], model, x, chunk) > options.memory:
         return {"failed": "too large"}
     compute = getattr(way, form)(model, x)
-    estimate = None if tuned else hopeless(compute, way, x, options)
-    if estimate is not None:
-        return {"failed": "too slow", "estimate": estimate}
     run = Form(compute, x, chunk, result(model, x) if tuned else None)
     if isinstance(compute, Compiled):
         compute.compile(x[:chunk])  # what a compiler takes is not the method's
-    compute(x[: 1 if chunk == 2 else 2], None)
+    elif not tuned:
+        estimate = hopeless(compute, x, options)
+        if estimate is not None:
+            return {"failed": "too slow", "estimate": estimate}
+    else:
+        compute(x[:2], None)
     j, cell = peak_and_time(run, options)
     ours = tensor(OURS_WAY.documented(model, x)(x[:FEW], None))
     cell["off"] = error = off(tensor(j)[:FEW], ours)
@@ -138,13 +140,15 @@ def alone(case: Case, way: Way, form: str, chunk: int, options: Options, say: Sa
     return cell
 
 
-def hopeless(compute: Compute, way: Way, x: Tensor, options: Options) -> float | None:
-    """Seconds for the batch, if one sample or four say that it is far too much."""
-    for few, margin in ((1, 5), (4, 1.5)):
+def hopeless(compute: Compute, x: Tensor, options: Options) -> float | None:
+    """Seconds for the batch, if a few samples say that it is far too much."""
+    for few, margin in ((2, 5), (8, 1.5)):
         if few >= len(x):
             continue
         call = partial(compute, x[:few], None)
-        taken = min(seconds(call, options.device) for _ in range(2))
+        taken = seconds(call, options.device)
+        if taken < 1:  # the first call of some ways does more than the later ones
+            taken = min(taken, seconds(call, options.device))
         if taken * len(x) / few > margin * options.seconds:
             return taken * len(x) / few
     return None
