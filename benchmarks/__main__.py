@@ -79,12 +79,13 @@ class Record:
 
     def has(self, name: str) -> bool:
         if name == GROWTH:
-            return GROWTH in self.data
+            points = self.data.get(GROWTH, {}).get("points", ())
+            return bool(points) and not any("failed" in point for point in points)
         return any(result["case"] == name for result in self.data["results"])
 
     def put(self, name: str, result: dict[str, Any]) -> None:
         if name == GROWTH:
-            self.data[GROWTH] = result
+            self.data[GROWTH] = {"points": [], **result}
         else:
             self.data["results"].append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def main(given: Sequence[str] | None = None) -> Path:
         try:
             result = job()
         except Exception as error:  # one case that fails is shown, and does not end the run
-            result = {"case": name, "failed": fresh.brief(error)}
+            result = {"case": name, "curve": "", "failed": fresh.brief(error)}
         record.put(name, result)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print(report(record.data))

@@ -22,6 +22,7 @@ OURS_WAY = WAYS[0]
 FORMS = ("documented", "tuned")
 FEW = 3  # samples that are compared where all would take too long
 TOLERANCE = 1e-3  # of the largest entry, in float32; deep networks lose four digits
+COMPILING = 60  # seconds more for a process: imports, compilers
 PAUSE = 0.01  # between calls: another library's threads still spin for some milliseconds
 
 
@@ -130,8 +131,8 @@ def alone(case: Case, way: Way, form: str, chunk: int, options: Options, say: Sa
         estimate = hopeless(compute, x, options)
         if estimate is not None:
             return {"failed": "too slow", "estimate": estimate}
-    else:
-        compute(x[:2], None)
+    if not isinstance(compute, Compiled) and (tuned or len(x) <= 2):
+        compute(x[:2], None)  # libraries start; nothing did so yet
     j, cell = peak_and_time(run, options)
     ours = tensor(OURS_WAY.documented(model, x)(x[:FEW], None))
     cell["off"] = error = off(tensor(j)[:FEW], ours)
@@ -175,7 +176,7 @@ def peak_and_time(run: Form, options: Options) -> tuple[Any, Cell]:
 def tried(case: Case, way: Way, form: str, chunk: int, options: Options) -> Cell:
     """``alone`` in a child of this process; a child that dies is a cell too."""
     task = partial(alone, case, way, form, chunk, options)
-    said, ended = fresh.in_child(task, options.memory, 1.5 * options.seconds + 10)
+    said, ended = fresh.in_child(task, options.memory, 1.5 * options.seconds + COMPILING)
     if ended in ("", "error"):
         return said[-1] if said else {"failed": "error"}
     if ended == "too slow":

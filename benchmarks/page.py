@@ -154,7 +154,7 @@ def section(data: Data, images: Path, kind: str, notes: dict[str, str]) -> str:
     if any(table.finished(data, curve) for curve in plots.TITLES):
         drawn = image("curves", plots.curves)
         parts += ["## By batch, outputs and inputs", f"![Time by size]({drawn})"]
-    if "growth" in data:
+    if data.get("growth", {}).get("points"):
         parts.append(growth(data, image("growth", plots.growth)))
     return "\n\n".join(part.rstrip("\n") for part in parts)
 

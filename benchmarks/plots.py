@@ -1,5 +1,6 @@
 """The plots of the performance page, from the JSON alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def curves(data: Data, path: Path) -> None:
         points = sorted(finished(data, curve), key=lambda r: r["along"])
         for way in names(points):
             found = [(r["along"], best(r, [way])) for r in points if way in r["ways"]]
-            line = [(x, b.seconds * 1e3) for x, b in found if b is not None]
+            line = [(x, math.nan if b is None else b.seconds * 1e3) for x, b in found]  # a gap
             style: dict[str, Any] = {"lw": 2.4, "zorder": 3} if way == OURS else {"lw": 1.4}
             if line:
                 axes.plot(*zip(*line, strict=True), "o-", ms=4, color=COLOURS.get(way),

@@ -104,7 +104,7 @@ def best(result: Result, ways: Iterable[str]) -> Best | None:
         Best(way, form, result["ways"][way][form])
         for way in ways
         for form in FORMS
-        if "median" in result["ways"][way][form]
+        if math.isfinite(result["ways"][way][form].get("median", math.inf))
     ]
     return min(found, key=lambda b: b.seconds, default=None)
 
@@ -261,6 +261,6 @@ def report(data: Data) -> str:
     """What a run prints."""
     parts = [lead_table(data), "milliseconds: documented / tuned (chunk); † one call", ""]
     parts.append(time_table(data))
-    if "growth" in data:
+    if data.get("growth", {}).get("points"):
         parts += ["", growth_table(data)]
     return "\n".join(parts)
