@@ -15,6 +15,7 @@ from typing import Any
 from tests.peak import level, status
 
 MEMORY, TIME = 77, 78  # how the guard ends the process
+NO_MEMORY = ("can't allocate memory", "out of memory", "RESOURCE_EXHAUSTED", "OOM when")
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -58,6 +59,8 @@ def brief(error: BaseException) -> str:
         return "not installed"
     if type(error).__name__ == "NotWrittenError":
         return "not written"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "too large"
     said = f"{type(error).__name__}: {lines[0]}".replace("|", "/")
     return said if len(said) <= 120 else said[:117] + "..."
 

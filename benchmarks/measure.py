@@ -35,7 +35,7 @@ class Options:
     memory: int = 4 << 30
     seconds: float = 20.0
     """Beyond this a call is not made; what it would take is extrapolated."""
-    share: float = 5.0
+    share: float = 4.0
     """Seconds for all repeats of one form of one way; two repeats are made whatever they take."""
     tuning: float = 0.12
     """Seconds for each size of chunk that is tried."""

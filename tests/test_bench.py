@@ -176,6 +176,9 @@ def absent(say):
 def unwritten(say):
     raise NotWrittenError("Strange")
 
+def full(say):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
 def dies(say):
     say({"at": "here"})
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -190,7 +193,7 @@ def sleeps(say):
     return {}
 
 print(json.dumps([in_child(f, 64 << 20, 1.0) for f in
-                  (well, fails, absent, unwritten, dies, grows, sleeps)]))
+                  (well, fails, absent, unwritten, full, dies, grows, sleeps)]))
 """
 
 
@@ -201,11 +204,12 @@ def python(*arguments: str) -> str:
 
 
 def test_a_child_that_fails_dies_grows_or_stays_is_an_answer() -> None:
-    well, fails, absent, unwritten, dies, grows, sleeps = json.loads(python("-c", CHILDREN))
+    well, fails, absent, unwritten, full, dies, grows, sleeps = json.loads(python("-c", CHILDREN))
     assert well == [[{"at": "first"}, {"good": 1}], ""]
     assert fails == [[{"failed": "ValueError: first / line"}], "error"]
     assert absent == [[{"failed": "not installed"}], "error"]
     assert unwritten == [[{"failed": "not written"}], "error"]
+    assert full == [[{"failed": "too large"}], "error"]
     assert dies == [[{"at": "here"}], "crash: SIGSEGV"]
     assert grows == [[], "too large"]
     assert sleeps == [[], "too slow"]
