@@ -148,7 +148,7 @@ def hopeless(compute: Compute, x: Tensor, options: Options) -> float | None:
             continue
         call = partial(compute, x[:few], None)
         taken = seconds(call, options.device)
-        if taken < 1:  # the first call of some ways does more than the later ones
+        if taken < 5:  # the first call of some ways takes seconds more than the later ones
             taken = min(taken, seconds(call, options.device))
         if taken * len(x) / few > margin * options.seconds:
             return taken * len(x) / few
