@@ -2,6 +2,7 @@
 #   make demo    the main job on real data, into runs/demo
 #   make test    the doctests, then the test suite        (PYTEST_ARGS="-k name -x")
 #   make check   format, lint, types
+#   make bench   every case beside every other way, then docs/performance.md   (BENCH_ARGS="--resume")
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,6 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 # Two processes: more would only share the same cores; one is easier to debug (TEST_JOBS=0).
 TEST_JOBS   ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS  ?=
 
 .PHONY: demo test doctest suite check format bench docs clean
 .DELETE_ON_ERROR:
@@ -36,8 +38,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.first
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.page
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.conformance
@@ -51,6 +54,11 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing batchjac and everything its tests need into $(VENV), once: a minute or two"
 	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-bench: pyproject.toml constraints.txt $(VENV)/.installed-dev | $(BIN)/python
+	@echo "installing the libraries that batchjac is measured against into $(VENV), once: a minute"
+	$(INSTALL) --editable '.[$(EXTRAS),bench]'
+	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing batchjac and what the demo needs into $(VENV), once: a minute or two"

@@ -1,11 +1,15 @@
-"""The nine cases of the first measurements: a model, a batch, and nothing else."""
+"""What is measured: a model, a batch, and the targets for the nine first cases."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.models import mlp
+
+CURVES = ("batch", "outputs", "inputs")
 
 
 @dataclass(frozen=True)
@@ -15,92 +19,58 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    targets: tuple[float, float] | None = None
+    """How many times faster than the best PyTorch way, and than the best of all, is aimed at."""
+    curve: str = ""
+    """The plot this is a point of; empty for a case of its own."""
+    along: int = 0
+    """Where on that plot's horizontal axis."""
 
-    def make(self) -> tuple[nn.Module, Tensor]:
+    def make(self, device: str = "cpu") -> tuple[nn.Module, Tensor]:
         """The model, frozen and in evaluation mode, and its inputs; the same every time."""
         torch.manual_seed(0)
-        return self.build().eval().requires_grad_(False), torch.randn(self.shape)
-
-
-def lenet5() -> nn.Module:
-    """LeCun et al., 1998, as the fourth seed sizes it, with ReLU and max pooling."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
-        nn.Linear(84, 10),
-    )  # fmt: skip
-
-
-def cnn1d() -> nn.Module:
-    """A 1-D classifier of 224 features into 3 classes, as in the third seed."""
-    return nn.Sequential(
-        nn.Conv1d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool1d(2),
-        nn.Conv1d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2),
-        nn.Conv1d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1),
-        nn.Flatten(), nn.Linear(64, 3),
-    )  # fmt: skip
-
-
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> Callable[[], nn.Module]:
-    """Linear layers of these widths with an activation between them."""
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(widths):
-            layers += [nn.Linear(a, b), activation()]
-        return nn.Sequential(*layers[:-1])
-
-    return build
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions with batch normalisation and a skip."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs),
-            nn.ReLU(), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        same = stride == 1 and inputs == outputs
-        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def small_resnet() -> nn.Module:
-    """Three residual stages of 16, 32 and 64 channels."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-
-
-class Encoder(nn.Module):
-    """A transformer encoder of two layers, its tokens averaged, and a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.body(x).mean(1))
-        return y
+        model = self.build().eval().requires_grad_(False)
+        return model.to(device), torch.randn(self.shape).to(device)
 
 
 CASES = (
-    Case("LeNet5", lenet5, (256, 1, 32, 32)),
-    Case("1-D CNN", cnn1d, (1024, 1, 224)),
-    Case("MLP 784-512-512-10", mlp(784, 512, 512, 10), (512, 784)),
-    Case("autoencoder", mlp(784, 256, 16, 256, 784), (64, 784)),
-    Case("field network", mlp(2, 256, 256, 256, 3, activation=nn.Tanh), (4096, 2)),
-    Case("decoder", mlp(16, 256, 512, 1024), (256, 16)),
-    Case("square block", mlp(64, 128, 64, activation=nn.Tanh), (256, 64)),
-    Case("small ResNet", small_resnet, (64, 3, 32, 32)),
-    Case("transformer encoder", Encoder, (64, 32, 64)),
+    Case("LeNet5", models.lenet5, (256, 1, 32, 32), (4, 4)),
+    Case("1-D CNN", models.cnn1d, (1024, 1, 224), (2.5, 2.5)),
+    Case("MLP 784-512-512-10", mlp(784, 512, 512, 10), (512, 784), (2.4, 1.3)),
+    Case("autoencoder", mlp(784, 256, 16, 256, 784), (64, 784), (15, 8)),
+    Case("field network", mlp(2, 256, 256, 256, 3, activation=nn.Tanh), (4096, 2), (3, 1.3)),
+    Case("decoder", mlp(16, 256, 512, 1024), (256, 16), (2.5, 1.2)),
+    Case("square block", mlp(64, 128, 64, activation=nn.Tanh), (256, 64), (5, 1)),
+    Case("small ResNet", models.small_resnet, (64, 3, 32, 32), (2, 2)),
+    Case("transformer encoder", models.encoder, (64, 32, 64), (2.5, 2.5)),
 )
+FURTHER = (
+    Case("LeNet5, batch 12", models.lenet5, (12, 1, 32, 32)),
+    Case("LeNet5, batch 4096", models.lenet5, (4096, 1, 32, 32)),
+    Case("conv autoencoder", models.conv_autoencoder, (2, 3, 32, 32)),
+    Case("ResNet18", models.resnet18, (32, 3, 32, 32)),
+    Case("ViT", models.vit, (32, 3, 32, 32)),
+    Case("GRU", models.gru, (64, 32, 16)),
+    Case("GPT block, per token", models.gpt_block, (8, 16, 64)),
+    Case("deep MLP, batch 1", mlp(64, *[256] * 16, 64, activation=nn.Tanh), (1, 64)),
+)
+POINTS = (
+    *(
+        Case(f"by batch {n}", models.lenet5, (n, 1, 32, 32), curve="batch", along=n)
+        for n in (4, 16, 64, 256, 1024)
+    ),
+    *(
+        Case(f"by outputs {o}", mlp(256, 256, 256, o), (32, 256), curve="outputs", along=o)
+        for o in (1, 8, 64, 512)
+    ),
+    *(
+        Case(f"by inputs {i}", mlp(i, 256, 256, 64), (32, i), curve="inputs", along=i)
+        for i in (2, 16, 128, 1024)
+    ),
+)
+ALL = CASES + FURTHER + POINTS
+
+
+def named(name: str) -> Case:
+    """The case of this name."""
+    return next(case for case in ALL if case.name == name)

@@ -135,6 +135,27 @@ def under_inference() -> Tensor:
         return torch.empty(N, 2, 3)
 
 
+def masked(x: Tensor) -> Tensor:
+    found: Tensor = torch.masked.masked_tensor(x, x > 0)
+    return found
+
+
+def own_list(x: Tensor) -> list[Any]:
+    found: list[Any] = [x]
+    found.append({"again": found})
+    return found
+
+
+def levels(x: Any) -> Any:
+    for _ in range(5000):
+        x = [x]
+    return x
+
+
+def two_sizes(x: Tensor) -> dict[str, Any]:
+    return {"large": x, "small": [x, x[:, :2]]}
+
+
 def longs(*values: int) -> Callable[[], Tensor]:
     return lambda: torch.tensor(values)
 
@@ -202,6 +223,12 @@ VALUES = [
         f=nn.Embedding(5, 2), inputs=lambda: torch.arange(N)),
     bad("booleans only", InputError, r"no input has a floating dtype \(got torch\.bool\)",
         inputs=lambda: torch.ones(N, 3, dtype=torch.bool)),
+    bad("a list in itself", InputError,
+        r"a list contains itself, at \[1\]\['again'\]; pass or return",
+        f=lambda x: x[0], inputs=lambda: own_list(batch())),
+    bad("returns a list in itself", InputError, "a list contains itself, at", f=own_list),
+    bad("a list of lists without an end", InputError, "nested too deeply",
+        f=lambda x: x, inputs=lambda: levels(batch())),
     bad("unknown mode", InputError,
         "mode must be one of 'auto', 'forward', 'reverse', 'mixed', got 'backward'",
         mode="backward"),
@@ -241,6 +268,18 @@ SELECTIONS = [
         f=lambda x: x.unsqueeze(2), outputs="argmax"),
     bad("one number per sample", SelectionError, "so there is nothing to select; leave outputs=",
         f=lambda x: x.sum(1), outputs=0),
+    bad("outputs past the end of one of two", SelectionError,
+        r"outputs=2 is out of range: axis 1 of output\['small'\]\[1\] has 2 entries, 0 to 1",
+        f=two_sizes, outputs=[0, 2]),
+    bad("a list past the end of one of two", SelectionError, r"axis 1 of output\['small'\]\[1\]",
+        f=two_sizes, outputs=2),
+    bad("a tensor past the end of one of two", SelectionError,
+        r"axis 1 of output\['small'\]\[1\]", f=two_sizes, outputs=longs(0, 1, 0, 2)),
+    bad("argmax of one of two", SelectionError, r"got \[4, 3, 1\] from output\[1\]",
+        f=lambda x: (x, x.unsqueeze(2)), outputs="argmax"),
+    bad("one number per sample in one of two", SelectionError,
+        r"outputs=0: output\[1\] has shape \[4\], one number",
+        f=lambda x: (x, x.sum(1)), outputs=0),
     bad("outputs a float", InputTypeError, "outputs must be int, list of int, .* got float",
         outputs=1.5),
     bad("outputs a list of floats", InputTypeError, "outputs must be .* got list", outputs=[0.5]),
@@ -329,6 +368,10 @@ TENSORS = [
         inputs=lambda: torch.nested.nested_tensor([batch(), batch()])),
     bad("nested output", InputTypeError, "output is a nested tensor",
         f=lambda x: torch.nested.nested_tensor([x[0], x[1]])),
+    bad("masked", InputTypeError, r"inputs\[1\] is a masked tensor.* torch\.where",
+        f=torch.mul, inputs=lambda: (batch(), masked(batch()))),
+    bad("masked output", InputTypeError, r"output\['y'\] is a masked tensor",
+        f=lambda x: {"y": masked(x.detach())}),
     bad("complex", InputTypeError,
         r"inputs\[0\] is complex \(torch\.complex64\).*torch\.view_as_real\(z\)",
         f=torch.abs, inputs=lambda: (torch.randn(N, 3, dtype=torch.complex64),)),

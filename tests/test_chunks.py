@@ -1,7 +1,14 @@
 """What several forwards of one call must not change: values, state, answers."""
 
+from __future__ import annotations
+
+import dataclasses
+import gc
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +18,7 @@ from torch import Tensor, nn
 import batchjac
 from batchjac.errors import BatchAxisError, CouplingError
 from batchjac.testing import jacobian_in_chunks
+from batchjac.tree import flatten
 
 F64 = torch.float64
 
@@ -124,3 +132,48 @@ def test_threads_share_a_model() -> None:
     assert wrong == []
     assert patched == (Tensor.register_hook, checkpoints.CheckpointFunction)
     assert all(p.requires_grad for p in net.parameters())
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclasses.dataclass
+class Both:
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, Both, dict, OrderedDict, tuple, list])
+def test_no_chunk_outlives_its_turn(kind: Any) -> None:
+    """However the outputs of a function, or of its layer, are nested."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def nested(x: Tensor) -> Any:
+        both = x.sin(), x.cos()
+        if issubclass(kind, dict):
+            return kind(zip("ab", both, strict=True))
+        return kind(both) if kind in (tuple, list) else kind(*both)
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            gc.collect()
+            assert not any(t() is not None for t in alive[:-1])  # the last is being compared
+            out = nested(x)
+            alive.extend(weakref.ref(t) for t in flatten(out).leaves[:1])
+            return out
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x)
+
+    x = torch.randn(12, 3, dtype=F64)
+    jacobian_in_chunks(Net(), x, 4, 3)
+    alive.clear()
+    jacobian_in_chunks(Net(), x, 4, 3, wrt="layer")
+    assert len(alive) > 3

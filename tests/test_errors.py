@@ -34,6 +34,7 @@ from tests.bad_inputs import EVERY, Bad, N, batch, linear, mlp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
 ]
 

@@ -31,6 +31,7 @@ MIB = 1 << 20
 PLENTY = 16 << 10  # as if there were no limit
 BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "conv": (64, 128, 256),
+    "mapped": (24, 64),
     "many outputs": (32, 64, 128, 256),
     "many outputs at the first call": (32, 64),
     "transformer": (64, 128, 256),
@@ -131,11 +132,12 @@ def test_a_chunk_fits_or_the_least_is_said(
 
 def test_rows_are_cut_for_the_cache_before_samples() -> None:
     plenty = 1 << 50
-    small = Need(saved=1000, live=memory.CACHE // 100)
+    small = Need(saved=1000, live=1, widest=memory.BLOCK // 100)
     assert memory.chunk(small, 10, 1000, plenty, 0, False) == Chunk(10, 10)
-    large = Need(saved=0, live=memory.CACHE // 4)
-    assert memory.chunk(large, 10, 3, plenty, 0, False) == Chunk(4, 1)
-    assert memory.chunk(large, 10, 3, plenty, 0, True) == Chunk(10, 1)
+    large = Need(saved=0, live=1, widest=memory.BLOCK // 8)
+    assert memory.chunk(large, 10, 2, plenty, 0, False) == Chunk(4, 2)
+    assert memory.chunk(large, 10, 2, plenty, 0, True) == Chunk(10, 1)
+    assert memory.chunk(large, 10, 1000, plenty, 0, False) == Chunk(1, 8)
 
 
 def test_the_first_forward_takes_what_is_likely_to_fit() -> None:
@@ -151,6 +153,17 @@ def test_the_first_forward_takes_what_is_likely_to_fit() -> None:
     assert memory.first([tokens], None, 50, 1 << 30, False) < memory.first(
         [x], None, 50, 1 << 30, False
     )
+
+
+def test_the_first_forward_of_a_large_batch_stays_in_the_cache() -> None:
+    plenty = 1 << 40
+    narrow, wide = nn.Linear(2, 2), nn.Linear(2, 1024)
+    large, small = torch.zeros(4096, 1024), torch.zeros(1 << 16, 2)
+    assert memory.first([large], narrow, 4096, plenty, False) == memory.FIRST // 4096
+    assert memory.first([small], wide, 1 << 16, plenty, False) == memory.BLOCK // 4096
+    assert memory.first([small], narrow, 1 << 16, plenty, False) == 1 << 16
+    tokens = torch.zeros(4096, 16, dtype=torch.long)
+    assert memory.first([tokens], narrow, 4096, plenty, False) == memory.FIRST_OF_INDEX // 128
 
 
 def test_free_memory_is_plausible() -> None:
@@ -330,7 +343,7 @@ from torch import nn
 import batchjac
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Tanh(), nn.Conv2d(32, 32, 3, padding=1),
+model = nn.Sequential(nn.Conv2d(3, 160, 3, padding=1), nn.Tanh(), nn.Conv2d(160, 32, 1),
                       nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 4))
 x = torch.randn(256, 3, 32, 32)
 expected = batchjac.jacobian(model, x[-4:])
@@ -349,4 +362,4 @@ def test_a_process_that_may_have_no_more_gets_its_answer() -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "(256, 4, 3, 32, 32)\n"
-    assert "out of memory with 256 samples at a time; trying half" in run.stderr
+    assert "out of memory with 85 samples at a time; trying half" in run.stderr

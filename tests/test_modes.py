@@ -21,7 +21,7 @@ from batchjac.graph import Graph
 from batchjac.route import Join, Passes, Weight, passes
 from batchjac.testing import jacobian_in_chunks
 from benchmarks.cases import CASES as NINE
-from benchmarks.cases import Residual, mlp
+from benchmarks.models import Residual, mlp
 from tests.routes import every_route, planned
 from tests.zoo import CASES, seeded
 from tests.zoo.verdict import difference, truth

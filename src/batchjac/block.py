@@ -113,6 +113,11 @@ class Block:
         return Block(data.to(dtype), self.shape)
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as autograd may return it, laid out densely: embeddings give sparse ones."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
 @lru_cache(maxsize=1024)
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """The shortest runs of axes of ``old`` and ``new`` that hold the same number of elements."""

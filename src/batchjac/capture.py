@@ -15,7 +15,7 @@ from batchjac.plain import plainly
 from batchjac.pooling import quick_pooling
 from batchjac.problem import Problem, check_boundary, differentiable, layer
 from batchjac.state import normal
-from batchjac.tree import Tree, flatten
+from batchjac.tree import Tree, emptied, flatten
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Capture:
     ``values`` is the nested output; ``outputs`` maps the index of each differentiable leaf to its
     tensor. ``targets`` nests the answer: one tree per wanted name, ``None`` for leaves without a
     derivative. ``inputs`` are the recorded inputs, also when only parameters are asked for: they
-    witness whether samples depend on each other. ``hooked``: the function hooked a gradient.
+    witness whether samples depend on each other. ``hooked``: the function hooked a gradient;
+    ``nodes``: how many it recorded.
     """
 
     samples: int
@@ -46,6 +47,7 @@ class Capture:
     targets: dict[str, Tree]
     inputs: tuple[GradientEdge, ...]
     hooked: bool
+    nodes: int
     keep: tuple[Any, ...] = field(repr=False)  # graph edges do not keep leaf nodes alive
 
 
@@ -93,20 +95,10 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
             ) from error
 
 
-def without_graph(captured: Capture) -> Capture:
-    """What nesting the answer needs of a capture, without the memory of the forward."""
-    targets = {
-        name: replace(tree, leaves=tuple(t and replace(t, edge=None) for t in tree.leaves))
-        for name, tree in captured.targets.items()
-    }
-    values = replace(captured.values, leaves=(None,) * len(captured.values.leaves))
-    outputs = {k: torch.empty(0) for k in captured.outputs}
-    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, ())
-
-
 def _capture(
     problem: Problem, samples: slice, stack: contextlib.ExitStack, freeze: bool
 ) -> Capture:
+    begun = _nodes_so_far()
     seen = _Seen(layers={w.name: [] for w in problem.wanted if w.kind == "layer"})
     count = len(range(*samples.indices(problem.samples)))
     with contextlib.ExitStack() as attempt:
@@ -143,7 +135,25 @@ def _capture(
     witnesses = tuple(edge for edge in edges if edge is not None)
     hooked = seen.hooked or _module_hooks(problem.module) or _hooked(parameters.values())
     keep = (bases, leaves, result)
-    return Capture(count, values, outputs, targets, witnesses, hooked, keep)
+    nodes = _nodes_so_far() - begun
+    return Capture(count, values, outputs, targets, witnesses, hooked, nodes, keep)
+
+
+def without_graph(captured: Capture) -> Capture:
+    """What nesting the answer needs of a capture, without the memory of the forward."""
+    targets = {}
+    for name, tree in captured.targets.items():
+        leaves = tuple(t and replace(t, edge=None) for t in tree.leaves)
+        outer = tree if name == "inputs" else emptied(tree, lambda t: t and torch.empty(0))
+        targets[name] = replace(outer, leaves=leaves)
+    values = emptied(captured.values, lambda t: torch.empty(0) if isinstance(t, Tensor) else t)
+    outputs = {k: torch.empty(0) for k in captured.outputs}
+    return Capture(captured.samples, values, outputs, targets, (), captured.hooked, 0, ())
+
+
+def _nodes_so_far() -> int:
+    """How many nodes this thread has recorded."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _base(problem: Problem, leaf: Any, samples: slice) -> Any:

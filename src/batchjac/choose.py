@@ -224,10 +224,12 @@ def _chain(
             Stage(
                 work=cost.work(steps, n),
                 live=need.live,
+                widest=need.widest,
                 constant=not crossing and all(map(cost.constant, inner)),
                 weight=single and weight(inner[0]) is not None,
                 forward=forward_ready(part) is None,
-                reverse=not crossing or per_sample_ready(part, places),
+                reverse=not crossing
+                or (places.get(found[-1]) is SHARED and per_sample_ready(part, places)),
             )
         )
         kinds = dict.fromkeys(s.name.removesuffix("0").removesuffix("Backward") for s in inner)

@@ -18,7 +18,7 @@ from torch import Tensor
 from batchjac import kernels
 from batchjac.graph import Meta, Step
 from batchjac.kernels import Convolution
-from batchjac.memory import CACHE, VIEWS
+from batchjac.memory import BLOCK, VIEWS
 
 # Which edge is which factor of ``nk,ko->no``; another edge is added to the product.
 _FACTORS = {
@@ -81,7 +81,8 @@ def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False)
     largest = times * work.products / max(1, work.calls)
     products = rates.small if largest < _SMALL else rates.product
     convolutions = rates.convolution if up else rates.transposed
-    chunks = max(1, math.ceil(times * work.bytes / CACHE))
+    block = times * work.bytes / max(1, 2 * work.calls)  # a node reads one and writes one
+    chunks = max(1, math.ceil(block / BLOCK))
     return (
         times * work.products / products
         + times * work.convolutions / convolutions
@@ -101,7 +102,8 @@ def joined(
     each = rows * inner * columns * (1 if shared == 2 else samples)
     rate = rates.batched if shared == 0 else rates.product
     written = rows * columns * (1 if shared == 2 else samples) * itemsize
-    return each / (rates.small if each < _SMALL else rate) + written / rates.cached + rates.call
+    found = rates.small if each < _SMALL else rate
+    return float(each / found + written / rates.cached + rates.call)
 
 
 def work(steps: Iterable[Step], samples: int) -> Work:

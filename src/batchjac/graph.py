@@ -4,7 +4,9 @@ Only facts that autograd states itself are read: ``next_functions``, ``_input_me
 and dtype of what flows into a node) and, by the rules, ``_saved_*``.
 """
 
-from collections.abc import Sequence
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,3 +138,47 @@ def _postorder(roots: Sequence[Node], goals: set[Node]) -> tuple[list[Node], dic
                 reaches[node] = node in goals or any(reaches[c] for c in children)
                 order.append(node)
     return order, reaches
+
+
+# A node that Python has seen is freed by its Python object, which frees the nodes below from inside
+# its own end, one call in the other: some 10,000 in a row overflow the stack of a thread.
+DEEP = 1_000
+_held: list[list[Node]] = []
+
+
+def hold(roots: Sequence[Node]) -> None:
+    """Keep every node below these from being freed until ``let_go``."""
+    _held.append(_postorder(roots, set())[0])
+
+
+def held() -> bool:
+    """Whether there is anything to let go."""
+    return bool(_held)
+
+
+def let_go(restore: Callable[[], None]) -> None:
+    """Free the nodes that are held, each before those below it.
+
+    Nothing else may refer to the graphs any more: no tensor, no step, no frame of a traceback;
+    ``restore`` sees to the module, which may keep what it computed.
+    """
+    if _held:
+        restore()
+    while _held:
+        nodes = _held.pop()
+        while nodes:
+            nodes.pop()
+
+
+@contextlib.contextmanager
+def taken_apart(restore: Callable[[], None]) -> Iterator[None]:
+    """Let go after an error in this block, whose traceback would keep graphs alive."""
+    try:
+        yield
+    except BaseException as error:
+        reason: BaseException | None = error
+        while held() and reason is not None:
+            traceback.clear_frames(reason.__traceback__)
+            reason = reason.__cause__ or reason.__context__
+        let_go(restore)
+        raise

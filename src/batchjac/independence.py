@@ -17,6 +17,7 @@ from batchjac.block import Block
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
 from batchjac.samples import Place, SampleAxis
+from batchjac.stand_in import Seen, look, together, unseen
 
 PAIRS_UP_TO = 16
 SPLITS = 4  # of a larger batch
@@ -74,26 +75,23 @@ def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
 Push = Callable[[Block], Mapping[Slot, Block]]
 
 
-def leaks(y: Tensor, targets: Sequence[Slot], push: Push) -> bool:
+def probe(y: Tensor, targets: Sequence[Slot], push: Push) -> Seen:
     """Whether a cotangent on some samples reaches the gradient of others, as ``push`` sends it."""
     n = y.shape[0]
+    seen = unseen(n)
     masks = _splits(n)
     generator = torch.Generator().manual_seed(n)  # its own: the user's random state stays
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
     for mask in masks:  # one row at a time: a probe must not need more memory than the walk
         lead = mask.reshape(-1, *(1,) * (y.dim() - 1)).to(y.device, y.dtype)
         found = push(Block((lead * noise).unsqueeze(0), tuple(y.shape)))
-        if any(_reaches(found[slot], ~mask) for slot in targets if slot in found):
-            return True
-    return False
-
-
-def _reaches(block: Block, others: Tensor) -> bool:
-    """Whether the gradient of any of these samples is not zero."""
-    data = block.full()[0]
-    if len(data) != len(others):
-        return True
-    return bool((data[others.to(data.device)].nan_to_num(0, 1, 1) != 0).any())
+        for gradient in (found[slot].full()[0] for slot in targets if slot in found):
+            if len(gradient) != n:
+                return replace(seen, leaks=True)
+            seen = together(seen, look(gradient, ~mask))
+        if seen.leaks:
+            break
+    return seen
 
 
 def _splits(n: int) -> Tensor:

@@ -19,13 +19,14 @@ from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
-from batchjac.graph import Graph, Slot, prune
-from batchjac.independence import Proof, frozen, leaks, prove
+from batchjac.graph import DEEP, Graph, Slot, hold, prune
+from batchjac.independence import Proof, frozen, probe, prove
 from batchjac.problem import Problem
 from batchjac.route import held
 from batchjac.samples import SHARED
 from batchjac.seeds import Seeds, seeds
 from batchjac.sink import Sink
+from batchjac.stand_in import Seen, not_finite, unseen
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Job:
     """
 
     problem: Problem
+    index: int  # of y among the leaves of what f gave
+    path: str  # of the same, for messages
     y: Tensor
     samples: slice
     goals: tuple[Goal, ...]
@@ -66,7 +69,8 @@ class Job:
     @cached_property
     def seeds(self) -> Seeds:
         """The rows that are asked for."""
-        return seeds(self.y, self.problem.outputs, self.problem.coupling, self.samples)
+        problem = self.problem
+        return seeds(self.y, problem.outputs, problem.coupling, self.samples, self.path)
 
     @cached_property
     def graph(self) -> Graph:
@@ -98,7 +102,7 @@ class Job:
         if self.problem.coupling == "frozen" and graph.steps:
             # decided where the samples show, which parameters alone may not
             roots = [step.node for step in graph.steps[:1]]
-            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.leaks)
+            whole = frozen(prune(roots, [*slots, *self.witnesses]), self.y, self.mixes)
             names = {step.node: step.name for step in whole.steps}
             steps = tuple(replace(step, name=names[step.node]) for step in graph.steps)
             return replace(graph, steps=steps)
@@ -109,10 +113,17 @@ class Job:
         """Where other samples would show: what has samples among the goals, else the inputs."""
         return [g.slot for g in self.goals if g.target.per_sample] or list(self.inputs)
 
-    def leaks(self, graph: Graph | None) -> bool:
-        """Whether samples reach each other along this graph; without one, by autograd's engine."""
+    def mixes(self, graph: Graph) -> bool:
+        """Whether samples reach each other along this graph, as far as NaN in them shows it."""
+        seen = self.probe(graph)
+        if seen.leaks or not seen.wholly.any():
+            return seen.leaks
+        return bool((seen.wholly & ~not_finite(self.problem, self.samples)).any())
+
+    def probe(self, graph: Graph | None) -> Seen:
+        """What reaches other samples along this graph; without one, by autograd's engine."""
         if not self.witnesses:
-            return False
+            return unseen(self.count)
         edges = [GradientEdge(node, slot) for node, slot in self.witnesses]
 
         def push(block: Block) -> dict[Slot, Block]:
@@ -121,7 +132,7 @@ class Job:
             assert self.root is not None
             return walk(graph, {self.root: block}, self.kernels)
 
-        return leaks(self.y, self.witnesses, push)
+        return probe(self.y, self.witnesses, push)
 
     def shape(self, goal: Goal) -> tuple[int, ...]:
         """``[N, *out, *in]`` for all samples; with the full coupling ``[N, *out, N, *in]``."""
@@ -174,7 +185,7 @@ class Job:
         shared = tuple(g for g in goals if not g.target.per_sample)
         hooked = by_engine and self.problem.coupling != "sum"
         together = self.count == 1 or self.seeds.across or not (shared or hooked)
-        if not together and not by_engine and per_sample_ready(self.graph, self.proof.places):
+        if not together and not by_engine and self._kept_apart(shared):
             try:
                 self._push(sinks, rows, self.seeds, goals, self.proof, by_engine)
                 return
@@ -223,6 +234,12 @@ class Job:
                 raise
             reason = f"the chosen directions failed ({type(error).__name__}: {error})"
             raise NoRoute(reason, loud=True) from error
+
+    def _kept_apart(self, shared: tuple[Goal, ...]) -> bool:
+        """Whether one walk can give each sample its own gradient of what all samples share."""
+        places = self.proof.places
+        known = all(places.get(g.slot, SHARED) is SHARED for g in shared)
+        return known and per_sample_ready(self.graph, places)
 
     def _push(
         self,
@@ -278,8 +295,12 @@ def need(work: Sequence[Job], samples: int) -> memory.Need:
     if not ways:
         return whole
     plain = [job.pruned(job.plain) for job in work if job.plain]
-    live = memory.need(plain, samples, shared(work)).live
-    return memory.Need(whole.saved + max(w.kept for w in ways), max(live, *(w.live for w in ways)))
+    walked = memory.need(plain, samples, shared(work))
+    return memory.Need(
+        whole.saved + max(w.kept for w in ways),
+        max([walked.live, *(w.live for w in ways)]),
+        max([walked.widest, *(w.widest for w in ways)]),
+    )
 
 
 def units(work: Sequence[Job]) -> int:
@@ -303,11 +324,14 @@ def shared(work: Sequence[Job]) -> set[Slot]:
 
 def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
     """One job for each differentiable output."""
+    if captured.nodes > DEEP and not problem.create_graph:  # a history is for the caller to free
+        hold([y.grad_fn for y in captured.outputs.values() if y.grad_fn is not None])
     inputs = tuple((edge.node, edge.output_nr) for edge in captured.inputs)
+    paths = captured.values.paths
     found: dict[int, list[Goal]] = {index: [] for index in captured.outputs}
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels)
         for k, goals in found.items()
     ]

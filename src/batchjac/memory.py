@@ -37,11 +37,17 @@ HISTORY = 1.5
 # One part in so many of what is left beside the result is set aside for pages freed but not given
 # back, since giving them back takes a millisecond or two.
 HELD = 8
-# What a walk may touch at a time. More leaves the last-level cache, and blocks above 32 MiB are
-# fresh pages every time, which glibc maps at a tenth of the speed of reused ones.
-# Source: eleven models timed at up to twelve chunk sizes each, 32 MiB of L3: the best was at 50 to
-# 110 MiB of predicted blocks and up to four times faster than all rows at once.
-CACHE = 64 << 20
+# The widest block of a walk. Larger ones leave the last-level cache, and above 32 MiB are fresh
+# pages every time, which glibc maps at a tenth of the speed of reused ones.
+# Source: nine models timed at five to ten chunk sizes each, 32 MiB of L3: the best were at 8 to 24
+# MiB, up to three times faster than all at once.
+BLOCK = 16 << 20
+# Rows that go together before samples do: what the forward saved is read once for all of them.
+# Source: as above; beyond eight little is gained.
+TOGETHER = 16
+# Bytes of input for the first forward, before anything is known of the activations; twice as many
+# go at once. An integer is an index into vectors. Source: as above, 0.9 to 16 MiB of input.
+FIRST, FIRST_OF_INDEX = 1 << 20, 1 << 14
 # What stays with the process after a call, freed, for the next one.
 FREED = 256 << 20
 # Bytes of activations for one byte of input and one output channel of any layer: four of them
@@ -57,10 +63,14 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes for one sample: ``saved`` by the forward, ``live`` per row of the walk."""
+    """Bytes for one sample: ``saved`` by the forward, ``live`` per row of the walk.
+
+    ``widest``: of the largest block, per row.
+    """
 
     saved: int
     live: int
+    widest: int = 1
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,12 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
         if (step.node, k) not in shared
     )
     live = max((_live(g, samples, shared) for g in graphs), default=0)
-    return Need(math.ceil(FORWARD * saved / samples), max(1, math.ceil(live / samples)))
+    widest = max((_size(meta) for step in steps for meta in step.outputs), default=0)
+    return Need(
+        math.ceil(FORWARD * saved / samples),
+        max(1, math.ceil(live / samples)),
+        max(1, widest // samples),
+    )
 
 
 def _live(graph: Graph, samples: int, shared: Collection[Slot]) -> int:
@@ -278,15 +293,24 @@ def first(
     if module is None and told:
         return min(samples, 2)
     each = sum(t.numel() * _growth(t, module) * t.element_size() for t in tensors) // samples
-    return max(min(samples, 2), min(samples, allowed // max(1, each)))
+    parts = [t.nbytes / (FIRST if t.is_floating_point() else FIRST_OF_INDEX) for t in tensors]
+    widest = max((p.shape[0] * p.element_size() for p in _weights(module)), default=0)
+    times = max(sum(parts), samples * widest / BLOCK)
+    few = samples if times <= 2 else int(samples / times)
+    return max(min(samples, 2), min(samples, few, allowed // max(1, each)))
 
 
 def _growth(tensor: Tensor, module: nn.Module | None) -> int:
     """Bytes that a forward holds for one byte of this input."""
     if module is None:
         return _GROWTH if tensor.is_floating_point() else _GROWTH_OF_INDEX
-    channels = sum(p.shape[0] for p in module.parameters() if p.dim() > 1)
+    channels = sum(p.shape[0] for p in _weights(module))
     return max(_PER_CHANNEL * channels, 64)
+
+
+def _weights(module: nn.Module | None) -> list[Tensor]:
+    """What makes outputs of its first axis: the matrices and kernels of all layers."""
+    return [] if module is None else [p for p in module.parameters() if p.dim() > 1]
 
 
 def chunk(need: Need, samples: int, rows: int, allowed: int, result: int, whole: bool) -> Chunk:
@@ -303,9 +327,10 @@ def chunk(need: Need, samples: int, rows: int, allowed: int, result: int, whole:
     fitting = min(rows, (usable // count - need.saved) // need.live)
     if fitting < 1:
         raise BudgetError(_too_small(count * (need.saved + need.live), allowed, result, whole))
-    if not whole and count * need.live > CACHE:
-        count = min(count, max(1, CACHE // (need.saved + need.live)))
-    return Chunk(count, max(1, min(fitting, CACHE // (count * need.live))))
+    if not whole and count * need.widest > BLOCK:
+        count = max(1, BLOCK // (min(rows, TOGETHER) * need.widest))
+        fitting = min(rows, (usable // count - need.saved) // need.live)
+    return Chunk(count, max(1, min(fitting, BLOCK // (count * need.widest))))
 
 
 def spare(allowed: int, result: int) -> int:

@@ -240,6 +240,11 @@ def check_boundary(where: str, tensor: Tensor) -> None:
         raise InputTypeError(
             f"{where} is a nested tensor; pad it with torch.nested.to_padded_tensor and mask"
         )
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        raise InputTypeError(
+            f"{where} is a masked tensor, of which autograd records too little; pass its "
+            ".to_tensor(0.0) and the mask, and let f use torch.where"
+        )
     if tensor.layout != torch.strided:
         raise InputTypeError(
             f"{where} has the sparse layout {tensor.layout}; pass its .to_dense() form"

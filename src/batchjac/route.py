@@ -28,7 +28,9 @@ SIMPLER = 1.1
 
 @dataclass(frozen=True)
 class Stage:
-    """What lies between a cut and the next: ``live`` bytes of blocks for one row of one sample.
+    """What lies between a cut and the next.
+
+    ``live`` bytes of blocks for one row of one sample at a time, ``widest`` of the largest of them.
 
     ``constant``: its Jacobian is the same for all samples. ``weight``: it is one linear layer,
     whose Jacobian is there. ``forward`` and ``reverse``: its nodes can push tangents up, rows down.
@@ -36,6 +38,7 @@ class Stage:
 
     work: Work
     live: int = 0
+    widest: int = 0
     constant: bool = False
     weight: bool = False
     forward: bool = True
@@ -172,43 +175,49 @@ def stops(route: Route) -> set[int]:
 class Held:
     """Bytes for one sample: ``kept`` all the while, and ``live`` for each row or column at a time.
 
-    ``units`` rows or columns are what the longest step has.
+    ``widest`` is the largest block, and ``units`` rows or columns are what the longest step has.
     """
 
     kept: int
     live: int
+    widest: int
     units: int
+
+
+def _passed(route: Route, chain: Chain) -> tuple[Stage, ...]:
+    """The stages that this step alone pushes something through."""
+    match route:
+        case Reverse() | Forward():
+            return chain.stages[route.upper : route.lower]
+        case Down():
+            return chain.stages[route.above.lower : route.lower]
+        case Up():
+            return chain.stages[route.upper : route.below.upper]
+    return ()
+
+
+def _result(route: Route, chain: Chain) -> int:
+    """Bytes of one row, or of one column where columns are what is pushed."""
+    end = route.upper if isinstance(route, Forward | Up) else route.lower
+    return max(1, chain.widths[end] * chain.itemsize)
 
 
 def live(route: Route, chain: Chain) -> int:
     """Bytes for one row or column of one sample while this step is computed."""
-    size, columns = chain.itemsize, chain.widths[route.lower]
-    stages: Sequence[Stage] = ()
-    match route:
-        case Reverse():
-            stages = chain.stages[route.upper : route.lower]
-        case Down():
-            stages = chain.stages[route.above.lower : route.lower]
-        case Forward():
-            stages, columns = chain.stages[route.upper : route.lower], chain.widths[route.upper]
-        case Up():
-            stages, columns = (
-                chain.stages[route.upper : route.below.upper],
-                chain.widths[route.upper],
-            )
-    return max([2 * columns * size, *(s.live for s in stages)], default=1) or 1
+    return max([2 * _result(route, chain), *(s.live for s in _passed(route, chain))])
 
 
 def held(route: Route, chain: Chain) -> Held:
     """What following the route takes beside the result."""
-    kept, most, units = 0, 1, 1
+    kept, most, widest, units = 0, 1, 1, 1
     for node in route:
         rows, columns = chain.height(node.upper), chain.widths[node.lower]
         if node is not route and not isinstance(node, Weight):
             kept += 2 * rows * columns * chain.itemsize  # its pieces, and they together
         most = max(most, live(node, chain))
+        widest = max([widest, _result(node, chain), *(s.widest for s in _passed(node, chain))])
         units = max(units, columns if isinstance(node, Forward | Up) else rows)
-    return Held(kept, most, units)
+    return Held(kept, most, widest, units)
 
 
 class Prices:

@@ -76,14 +76,17 @@ class Seeds:
         return flat.reshape(self.output)
 
 
-def seeds(y: Tensor, selection: Any, coupling: Coupling, samples: slice) -> Seeds:
-    """The rows for output ``y`` and the selection as the caller wrote it."""
-    shape, entries = _entries(y, selection, samples)
+def seeds(y: Tensor, selection: Any, coupling: Coupling, samples: slice, path: str = "") -> Seeds:
+    """The rows for output ``y``, found at ``path``, and the selection as the caller wrote it."""
+    where = f"output{path}" if path else "the output"
+    shape, entries = _entries(y, selection, samples, where)
     across = coupling == "full"
     return Seeds(tuple(y.shape), y.dtype, y.device, shape, entries.to(y.device), across)
 
 
-def _entries(y: Tensor, selection: Any, samples: slice) -> tuple[tuple[int, ...], Tensor]:
+def _entries(
+    y: Tensor, selection: Any, samples: slice, where: str
+) -> tuple[tuple[int, ...], Tensor]:
     """The shape of the selected outputs and their flat indices."""
     out = tuple(y.shape[1:])
     every = torch.arange(math.prod(out))
@@ -91,11 +94,11 @@ def _entries(y: Tensor, selection: Any, samples: slice) -> tuple[tuple[int, ...]
         return out, every
     if not out:
         raise SelectionError(
-            f"outputs={selection!r}: the output has shape {list(y.shape)}, one number per sample, "
+            f"outputs={selection!r}: {where} has shape {list(y.shape)}, one number per sample, "
             "so there is nothing to select; leave outputs= out"
         )
     grid = every.reshape(out)
-    chosen = _chosen(y, selection, samples)
+    chosen = _chosen(y, selection, samples, where)
     if isinstance(chosen, Tensor):  # one index per sample
         picked = grid[chosen.cpu()].reshape(len(chosen), -1)
         return out[1:], picked.T.contiguous()
@@ -103,7 +106,7 @@ def _entries(y: Tensor, selection: Any, samples: slice) -> tuple[tuple[int, ...]
     return tuple(picked.shape), picked.reshape(-1)
 
 
-def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
+def _chosen(y: Tensor, selection: Any, samples: slice, where: str) -> Any:
     """The selection as an index into axis 1: int, slice, list, or a tensor ``[N]``."""
     width = y.shape[1]
     if isinstance(selection, str):
@@ -111,13 +114,13 @@ def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
             raise InputError(f'outputs must be indices or "argmax", got {selection!r}')
         if y.dim() != 2:
             raise SelectionError(
-                f'outputs="argmax" needs an output [N, classes], got {list(y.shape)}'
+                f'outputs="argmax" needs an output [N, classes], got {list(y.shape)} from {where}'
             )
         return y.detach().argmax(1)
     if isinstance(selection, bool):
         raise InputTypeError("outputs must be int, list, slice, LongTensor[N] or 'argmax'")
     if _is_index(selection):
-        _check_range([int(selection)], width)
+        _check_range([int(selection)], width, where)
         return int(selection)
     if isinstance(selection, slice):
         try:
@@ -127,9 +130,9 @@ def _chosen(y: Tensor, selection: Any, samples: slice) -> Any:
                 f"outputs as a slice must hold integers, got {selection}"
             ) from error
     if isinstance(selection, Tensor):
-        return _per_sample(selection, y, samples)
+        return _per_sample(selection, y, samples, where)
     if isinstance(selection, Sequence) and all(_is_index(s) for s in selection):
-        _check_range(selection, width)
+        _check_range(selection, width, where)
         return [int(s) for s in selection]
     raise InputTypeError(
         "outputs must be int, list of int, slice, LongTensor[N] or 'argmax', got "
@@ -146,13 +149,13 @@ def _is_index(value: Any) -> bool:
     )
 
 
-def _per_sample(selection: Tensor, y: Tensor, samples: slice) -> Any:
+def _per_sample(selection: Tensor, y: Tensor, samples: slice, where: str) -> Any:
     if selection.dtype not in (torch.int64, torch.int32) or selection.dim() > 1:
         raise InputTypeError(
             "outputs as a tensor must be a LongTensor[N], one output per sample, got "
             f"{selection.dtype} {list(selection.shape)}"
         )
-    _check_range(selection.reshape(-1).tolist(), y.shape[1])
+    _check_range(selection.reshape(-1).tolist(), y.shape[1], where)
     if selection.dim() == 0:
         return int(selection)
     chosen = (selection.long() % y.shape[1])[samples]
@@ -164,10 +167,10 @@ def _per_sample(selection: Tensor, y: Tensor, samples: slice) -> Any:
     return chosen
 
 
-def _check_range(indices: Sequence[int], width: int) -> None:
+def _check_range(indices: Sequence[int], width: int, where: str) -> None:
     wrong = [i for i in indices if not -width <= i < width]
     if wrong:
         raise SelectionError(
-            f"outputs={wrong[0]} is out of range: axis 1 of the output has {width} entries, "
+            f"outputs={wrong[0]} is out of range: axis 1 of {where} has {width} entries, "
             f"0 to {width - 1}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac import memory, verify
+from batchjac import coupling, memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture, without_graph
 from batchjac.engines.mixed import NoRoute
@@ -23,9 +23,9 @@ from batchjac.errors import (
     UnsupportedError,
     is_out_of_memory,
 )
+from batchjac.graph import let_go, taken_apart
 from batchjac.independence import prove
 from batchjac.job import Goal, Job, jobs, need, shared, units
-from batchjac.locate import coupled
 from batchjac.memory import Chunk
 from batchjac.plan import Forecast, Plan
 from batchjac.problem import Problem, without_routes
@@ -52,7 +52,7 @@ def solve(
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
     _count_nan(problem)
-    with untouched(problem.module) as restore:
+    with untouched(problem.module) as restore, taken_apart(restore):
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
         given = (allowed, max_memory is not None, out, fixed, valued, restore)
@@ -107,8 +107,13 @@ class _Run:
     checked: bool = False  # a chunk of at least two samples was looked at
     independence: str = "not asked"
     rows: int = 0  # of the last walk
+    width: int = 1  # rows of one sample
     need: memory.Need | None = None  # of the present capture
     forecasts: list[tuple[Forecast, bool]] = field(default_factory=list)
+    compared: coupling.Values = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.compared = coupling.Values(self.problem, self.restore)
 
     @property
     def whole(self) -> bool:
@@ -131,6 +136,8 @@ class _Run:
                 gc.collect()
             if done:
                 start = stop
+                self._across(stop)
+            let_go(self.restore)
         self._report()
         assert self.skeleton is not None
         j = nest(self.problem, self.skeleton, lambda p: self.sinks[p].result())
@@ -152,6 +159,20 @@ class _Run:
                 f"out of memory with {'the whole batch' if self.whole else 'one sample'} and one "
                 "row at a time; free memory, use a smaller model or input, or another device"
             ) from error
+
+    def _across(self, stop: int) -> None:
+        """Compare values across the border before the chunk that ends at ``stop``."""
+        if self.whole:
+            return
+        room = self.most.samples // 2  # less than what failed, if memory ran out
+        if self.need is not None:
+            fits = memory.spare(self.allowed, self.result) // max(1, self.need.saved)
+            room = min(room, max(2, fits))
+        try:
+            self.compared.border(stop, self.values[-1][0], self.width, room)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _first(self) -> Chunk:
         """The first chunk, before anything is known but the inputs."""
@@ -186,6 +207,7 @@ class _Run:
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
         self.forecasts = [(c.forecast, c.taken) for job in work for c in job.considered.values()]
+        self.width = units(work)
         here = self.chunk
         first = not self.sinks
         if first:
@@ -211,34 +233,11 @@ class _Run:
             self._fill(job, captured, self.rows)
         values = kept(captured.values, self.valued, self.problem.create_graph)
         self.values.append((captured.samples, values))
-        if first and captured.samples < self.problem.samples and not self.whole:
-            self._compare_part(samples, captured)
+        if captured.samples < self.problem.samples and not self.whole:
+            self.compared.keep(captured)
+            if len(self.values) == 1:
+                self.compared.half(samples, captured)
         return True
-
-    def _compare_part(self, samples: slice, captured: Capture) -> None:
-        """Refuse a function whose value depends on which samples come together.
-
-        Coupling that no gradient shows (a branch on the whole batch, detached statistics, a layer
-        before the one that is asked for) would make the answer depend on the chunks.
-        """
-        part = slice(samples.start, samples.start + max(1, captured.samples // 2))
-        if captured.samples == 1:
-            part = slice(samples.start, samples.start + 2)
-        state = torch.get_rng_state()
-        self.restore()
-        with torch.random.fork_rng([]), capture(self.problem, part) as again:
-            if not torch.equal(state, torch.get_rng_state()):
-                return  # random numbers differ from chunk to chunk, as is documented
-            for index, y in captured.outputs.items():
-                n = min(len(y), len(again.outputs[index]))
-                whole, half = y[:n].detach(), again.outputs[index][:n].detach()
-                if whole.shape != half.shape or not verify.close(whole, half):
-                    raise CouplingError(
-                        f"output{captured.values.paths[index]} of a sample depends on which other "
-                        "samples are in the batch (a branch on the whole batch, or statistics of "
-                        "it), and the batch does not fit into max_memory at once: raise "
-                        "max_memory, use model.eval(), or make the function independent of them"
-                    )
 
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
@@ -318,8 +317,7 @@ class _Run:
             self.independence = "proved from the graph"
             return
         self.independence = "probed"
-        if job.leaks(None if self.by_engine else graph):
-            raise CouplingError(coupled(self.problem, captured, graph, proof.suspects[:3]))
+        coupling.probe(job, captured, graph, proof, self.by_engine)
 
     def _distrust(self, job: Job, captured: Capture, reason: str) -> None:
         """From here on rows go one at a time through autograd, whose hooks then run."""

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from batchjac.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
@@ -22,20 +24,36 @@ class Tree:
         return self.build([change(leaf) for leaf in self.leaves])
 
 
-def flatten(value: Any, path: str = "") -> Tree:
+def flatten(value: Any) -> Tree:
     """Take a nested value apart; anything that is no container is a leaf."""
+    try:
+        return _flatten(value, "", ())
+    except RecursionError as error:
+        raise InputError(
+            "containers are nested too deeply to be taken apart; pass fewer levels"
+        ) from error
+
+
+def _flatten(value: Any, path: str, inside: tuple[int, ...]) -> Tree:
+    """The same at ``path``, in the containers of these identities."""
     parts = _children(value)
     if parts is None:
         return Tree((value,), (path,), lambda leaves: leaves[0])
+    if id(value) in inside:
+        raise InputError(
+            f"a {type(value).__name__} contains itself, at {path}; pass or return containers that "
+            "end in tensors"
+        )
     keys, children, rebuild = parts
-    trees = [flatten(c, path + k) for k, c in zip(keys, children, strict=True)]
+    within = (*inside, id(value))
+    trees = [_flatten(c, path + k, within) for k, c in zip(keys, children, strict=True)]
+    parts_of = [(len(tree.leaves), tree.build) for tree in trees]  # and not the leaves themselves
 
     def build(leaves: Sequence[Any]) -> Any:
         built, start = [], 0
-        for tree in trees:
-            stop = start + len(tree.leaves)
-            built.append(tree.build(leaves[start:stop]))
-            start = stop
+        for count, part in parts_of:
+            built.append(part(leaves[start : start + count]))
+            start += count
         return rebuild(built)
 
     return Tree(
@@ -67,6 +85,15 @@ def _children(value: Any) -> _Parts | None:
             lambda new: _dataclass(value, names, new),
         )
     return None
+
+
+def emptied(tree: Tree, leaf: Callable[[Any], Any]) -> Tree:
+    """The same nesting with ``leaf`` of each leaf, which keeps nothing else of the old value.
+
+    A container that has to be copied to be built again keeps what it once held.
+    """
+    made = flatten(tree.map(leaf))
+    return Tree(made.leaves, tree.paths, made.build)
 
 
 def _mapping(old: Mapping[Any, Any], children: list[Any]) -> Any:

@@ -34,10 +34,23 @@ def _owner(problem: Problem) -> Any:
 
 
 def signature(job: Job) -> int:
-    """What a graph is made of, whatever the number of samples."""
-    steps = tuple((s.name, s.outputs[0].dtype, len(s.shape)) for s in job.graph.steps)
+    """What a graph is made of and how it is walked, whatever the number of samples.
+
+    The ways are those of this graph's nodes alone: a later chunk knows those of other outputs too.
+    What samples share is computed by other rules with one sample, or with each sample by itself.
+    """
+    index = {step.node: k for k, step in enumerate(job.graph.steps)}
+    steps = tuple(
+        (
+            *(s.name, s.outputs[0].dtype, len(s.shape), job.kernels.ways.get(s.name)),
+            *(None if e is None else (index[e.node], e.slot) for e in s.edges),
+        )
+        for s in job.graph.steps
+    )
+    goals = tuple((*g.part, g.target.per_sample) for g in job.goals)
+    apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
-    return hash((steps, routes, tuple(sorted(job.kernels.ways.items()))))
+    return hash((steps, routes, goals, apart, job.problem.coupling, job.problem.create_graph))
 
 
 def vmap_agrees(problem: Problem) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from batchjac.block import Block
+from batchjac.block import Block, dense
 from batchjac.graph import Step
 
 Way = Literal["vmap", "rows"]
@@ -73,13 +73,15 @@ def _blocks(step: Step, found: dict[int, Tensor]) -> list[Block | None]:
 
 
 def apply(step: Step, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The node's own backward on one row: one gradient per wanted edge."""
+    """The node's own backward on one row: one dense gradient per wanted edge."""
     if isinstance(step.node, BackwardCFunction):
         found = _python(step, cotangents)
     else:
         result = step.node(*cotangents)
         found = list(result) if isinstance(result, tuple) else [result]
-    return [g if e is not None else None for g, e in zip(found, step.edges, strict=True)]
+    return [
+        None if g is None or e is None else dense(g) for g, e in zip(found, step.edges, strict=True)
+    ]
 
 
 def _python(step: Step, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ and refuses if one is not zero.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchjac.answer import Part, nest, parts
+from batchjac.block import dense
 from batchjac.capture import Capture, Target, capture
 from batchjac.errors import CouplingError
 from batchjac.problem import Problem, pose
 from batchjac.seeds import Seeds, seeds
+from batchjac.stand_in import Seen, decide, look, together, unseen
 from batchjac.state import untouched
 
 
@@ -55,26 +58,49 @@ def jacobian(
 
 
 def _jacobian(problem: Problem, captured: Capture, part: Part, target: Target) -> Tensor:
-    y = captured.outputs[part[0]]
-    rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
+    y, path = captured.outputs[part[0]], captured.values.paths[part[0]]
+    rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples), path)
     n = captured.samples
     if not rows.width:
         inner = target.shape[1:] if target.per_sample and not rows.across else target.shape
         return torch.zeros(n, *rows.shape, *inner, dtype=target.dtype)
-    of_sample = [
-        torch.stack([_gradient(problem, y, target, c) for c in cotangents])
-        for cotangents in _one_hot(rows, n)
-    ]  # N times [V, *target]
-    j = torch.stack(of_sample)  # [N, V, *target]
+    j = _every_row(problem, y, rows, target)
     if not target.per_sample or problem.coupling == "full":
         return j.reshape(n, *rows.shape, *target.shape)
     if problem.coupling == "sum":  # over the outputs' samples, for each sample of the input
         return j.sum(0).transpose(0, 1).reshape(n, *rows.shape, *target.shape[1:])
+
+    def again(finite: Problem) -> Seen:
+        with torch.random.fork_rng([]), capture(finite, slice(0, n)) as other:
+            y = other.outputs[part[0]]
+            rows = seeds(y, problem.outputs, problem.coupling, slice(0, n))
+            return _seen(_every_row(finite, y, rows, dict(parts(other))[part]))
+
+    _refuse(decide(problem, slice(0, n), _seen(j), again))
     each = torch.arange(n)
-    others = j.detach().transpose(1, 2)[~torch.eye(n, dtype=torch.bool)]
-    if (others.nan_to_num(0) != 0).any():
-        raise CouplingError("the output of one sample depends on another sample")
     return j.transpose(1, 2)[each, each].reshape(n, *rows.shape, *target.shape[1:])
+
+
+def _every_row(problem: Problem, y: Tensor, rows: Seeds, target: Target) -> Tensor:
+    """``[N, V, *target]``: the gradient of each row of each sample, whole."""
+    of_sample = [
+        torch.stack([_gradient(problem, y, target, c) for c in cotangents])
+        for cotangents in _one_hot(rows, len(y))
+    ]
+    return torch.stack(of_sample)
+
+
+def _seen(j: Tensor) -> Seen:
+    """What the rows ``[N, V, N, *in]`` of each sample say about the others."""
+    own = torch.eye(len(j), dtype=torch.bool)
+    looks = [look(rows.transpose(0, 1), ~own[n]) for n, rows in enumerate(j)]
+    return functools.reduce(together, looks)
+
+
+def _refuse(seen: Seen) -> None:
+    """Samples that leak; what is NaN whatever the numbers stays in the answer, as NaN."""
+    if seen.leaks:
+        raise CouplingError("the output of one sample depends on another sample")
 
 
 def _refuse_coupled_inputs(problem: Problem, captured: Capture) -> None:
@@ -82,19 +108,32 @@ def _refuse_coupled_inputs(problem: Problem, captured: Capture) -> None:
     parameters = any(w.kind == "parameter" for w in problem.wanted)
     if problem.coupling in ("sum", "full") or not parameters:
         return
-    edges = captured.inputs
+    whole = slice(0, problem.samples)
+
+    def again(finite: Problem) -> Seen:
+        with torch.random.fork_rng([]), capture(finite, whole) as other:
+            return _seen_in_inputs(finite, other)
+
+    _refuse(decide(problem, whole, _seen_in_inputs(problem, captured), again))
+
+
+def _seen_in_inputs(problem: Problem, captured: Capture) -> Seen:
+    n, edges = captured.samples, captured.inputs
+    seen = unseen(n)
     for y in captured.outputs.values():
-        rows = seeds(y, problem.outputs, problem.coupling, slice(0, problem.samples))
+        rows = seeds(y, problem.outputs, problem.coupling, slice(0, n))
         if not y.requires_grad or not edges:
             continue
-        for sample, cotangents in enumerate(_one_hot(rows, captured.samples)):
-            others = torch.arange(captured.samples) != sample
+        for sample, cotangents in enumerate(_one_hot(rows, n)):
+            others = torch.arange(n) != sample
             for cotangent in cotangents:
-                for g in torch.autograd.grad(
+                grads = torch.autograd.grad(
                     y, edges, cotangent, retain_graph=True, allow_unused=True
-                ):
-                    if g is not None and (g[others].nan_to_num(0) != 0).any():
-                        raise CouplingError("the output of one sample depends on another sample")
+                )
+                for g in grads:
+                    if g is not None:
+                        seen = together(seen, look(dense(g), others))
+    return seen
 
 
 def _one_hot(rows: Seeds, n: int) -> Iterator[list[Tensor]]:
@@ -117,7 +156,7 @@ def _gradient(problem: Problem, y: Tensor, target: Target, cotangent: Tensor) ->
         y, target.edge, cotangent, retain_graph=True, create_graph=problem.create_graph,
         allow_unused=True,
     )  # fmt: skip
-    return zero if g is None else g
+    return zero if g is None else dense(g)
 
 
 @contextlib.contextmanager

@@ -256,7 +256,7 @@ def _tables(step: Step, g: Tensor, index: Tensor, edge: Edge, count: int = 1) ->
 def _embedding_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     """``g[v,n,k,d]`` added at ``index[n,k]`` of sample ``n``'s own table."""
     g, edge = only(step, blocks)
-    if not _dense(step):
+    if step.saved("scale_grad_by_freq"):
         return NotImplemented
     index = split(step.saved("indices"), g.shape, at, at.dim).movedim(at.dim + 1, 0)
     samples = index.shape[0]
@@ -267,15 +267,11 @@ def _embedding_alone(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     return [Block(_tables(step, flat, index.flatten(), edge, samples), edge.shape)]
 
 
-def _dense(step: Step) -> bool:
-    return not step.saved("scale_grad_by_freq") and not step.saved("sparse")
-
-
 @rule("EmbeddingBackward0", samples=_embedding_samples, per_sample=_embedding_alone)
 def embedding(step: Step, blocks: Blocks) -> Any:
     """``y[k,d] = w[i_k, d]``: ``g[v,k,d]`` added at ``i_k``."""
     g, edge = only(step, blocks)
-    if not _dense(step):
+    if step.saved("scale_grad_by_freq"):
         return NotImplemented
     flat = g.spread(*range(len(g.shape) - 1))
     flat = flat.reshape(g.rows, math.prod(g.shape[:-1]), flat.shape[-1])
@@ -285,7 +281,7 @@ def embedding(step: Step, blocks: Blocks) -> Any:
 @single("EmbeddingBackward0")
 def embedding_forward(step: Step, t: Block) -> Any:
     """``t[v, i_k, d]``; nothing for the word that only fills up sentences."""
-    if not _dense(step):
+    if step.saved("scale_grad_by_freq"):
         return NotImplemented
     index = step.saved("indices")
     data = t.spread(0).index_select(1, index.flatten())
