@@ -109,12 +109,15 @@ def _choices(
     seeds: Seeds,
     mode: str,
 ) -> dict[Part, Choice]:
+    """The same, found out anew."""
     n, width = seeds.output[0], seeds.width
     work = cost.work(graph.steps, n)
     short = cost.seconds(work, width, n, cost.NOMINAL) < SHORT
     if mode == "auto" and short:
         return {}
-    rates = NOMINAL if short else cost.rates(threads(), work.convolutions + work.thin > 0)
+    # another device has not been measured: there the proportions of a CPU are assumed
+    known = not short and seeds.device.type == "cpu"
+    rates = cost.rates(threads(), work.convolutions + work.thin > 0) if known else NOMINAL
     found = {}
     for part, target in targets.items():
         alone = graph if len(targets) == 1 else between(graph, root, target.slot)
