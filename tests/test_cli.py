@@ -42,7 +42,7 @@ def test_help_lists_exactly_the_commands_there_are():
     result = run("--help")
     assert result.exit_code == 0
     commands = {command.callback.__name__ for command in cli.application().registered_commands}
-    assert commands == {"doctor", "demo"}
+    assert commands == {"doctor", "demo", "plan"}
     assert all(f" {command} " in result.output for command in commands)
 
 
@@ -96,3 +96,54 @@ def test_main_runs_the_arguments_it_is_given(capsys: pytest.CaptureFixture[str])
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"batchjac {version('batchjac')}\n"
+
+
+def test_plan_prints_how_a_model_would_be_computed():
+    result = run("plan", "benchmarks.models:lenet5", "--input", "1,32,32", "--batch", "12")
+    assert result.exit_code == 0, result.output
+    assert "12 samples x 10 outputs x 1 x 32 x 32 inputs" in result.output
+    assert "12 of 12 in one forward" in result.output
+    assert "multiply-adds" in result.output
+
+
+def test_plan_takes_its_options():
+    line = ("plan", "benchmarks.models:lenet5", "--input", "1,32,32", "--outputs", "3")
+    assert "1 samples x 1 outputs x 1 x 32 x 32 inputs" in run(*line).output
+    forward = run(*line, "--mode", "forward")
+    assert "forward: 1024 columns up" in forward.output
+    small = run(*line, "--max-memory", "1KiB")
+    assert small.exit_code == 1
+    assert "the least that would do" in small.output
+
+
+def test_plan_of_a_model_that_looks_at_values_runs_it_on_zeros(tmp_path, monkeypatch):
+    text = """
+import torch
+class Branching(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if bool((x == 0).all()) else x
+def make():
+    return Branching(3, 2)
+number = 3
+"""
+    (tmp_path / "looking.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("plan", "looking:make", "--input", "3")
+    assert "1 samples x 2 outputs x 3 inputs" in result.output, result.output
+    assert "must give an nn.Module" in run("plan", "looking:number", "--input", "3").output
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape", "said"),
+    [
+        ("benchmarks.models", "3", "must be module:name"),
+        ("benchmarks.nowhere:lenet5", "3", "no module 'benchmarks.nowhere'"),
+        ("benchmarks.models:lenet6", "3", "has no 'lenet6'"),
+        ("benchmarks.models:lenet5", "1,a", "must be numbers"),
+        ("benchmarks.models:lenet5", "1:number", "torch has no dtype 'number'"),
+    ],
+)
+def test_plan_says_what_is_wrong(factory, shape, said):
+    result = run("plan", factory, "--input", shape)
+    assert result.exit_code == 1
+    assert said in result.output

@@ -24,6 +24,7 @@ from batchjac.errors import (
     CouplingError,
     InputError,
     InputTypeError,
+    MismatchError,
     NameNotFoundError,
     OutError,
     SelectionError,
@@ -47,6 +48,7 @@ BUILTIN: dict[type[BatchjacError], tuple[type[Exception], ...]] = {
     OutError: (ValueError,),
     CouplingError: (RuntimeError,),
     BudgetError: (RuntimeError,),
+    MismatchError: (ValueError,),
     UnsupportedError: (NotImplementedError,),
     StateError: (RuntimeError,),
 }
@@ -63,7 +65,9 @@ def test_bad_input_is_named(case: Bad) -> None:
 def test_every_error_class_has_a_case() -> None:
     classes = {c for _, c in inspect.getmembers(errors, inspect.isclass)
                if issubclass(c, BatchjacError)} - {BatchjacError}  # fmt: skip
-    assert classes == set(BUILTIN) == {case.error for case in EVERY}
+    # a plan refuses inputs of another kind: tests/test_planning.py
+    assert classes == set(BUILTIN) == {case.error for case in EVERY} | {MismatchError}
+    assert issubclass(MismatchError, BUILTIN[MismatchError])
 
 
 def test_value_and_jacobian_refuses_the_same() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``batchjac doctor`` and ``batchjac demo``."""
+"""The command line: ``batchjac doctor``, ``batchjac demo`` and ``batchjac plan``."""
 
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ The command line of batchjac needs typer, which is not installed:
 Without it, `python -m batchjac.doctor` still examines the installation."""
 
 SHOW = "Show the version and exit."
+FACTORY = "module:name of an nn.Module, or of a callable without arguments that makes one."
+INPUT = "The shape of one sample, such as 1,224; once for each input. 16:int64 names a dtype."
 DEMO_OUT = Path("runs/demo")
 
 
@@ -75,5 +77,24 @@ def application() -> "typer.Typer":
             run(out, quick)
         except MissingExtraError as error:  # names the packages and the line that installs them
             sys.exit(str(error))
+
+    @app.command()
+    def plan(
+        factory: Annotated[str, typer.Argument(help=FACTORY)],
+        input: Annotated[list[str], typer.Option(help=INPUT)],
+        batch: Annotated[int, typer.Option(help="Samples.", min=1)] = 1,
+        outputs: Annotated[int | None, typer.Option(help="Only this output.")] = None,
+        mode: Annotated[str, typer.Option(help="auto, forward, reverse or mixed.")] = "auto",
+        max_memory: Annotated[str | None, typer.Option(help='Such as "512MiB".')] = None,
+    ) -> None:
+        """How a model's Jacobian would be computed, from shapes alone; computes nothing."""
+        from batchjac.errors import BatchjacError
+        from batchjac.factory import FactoryError, planned
+
+        try:
+            found = planned(factory, input, batch, outputs=outputs, mode=mode, memory=max_memory)
+            typer.echo(found)
+        except (FactoryError, BatchjacError) as error:
+            sys.exit(f"batchjac plan: {error}")
 
     return app

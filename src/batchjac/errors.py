@@ -5,7 +5,8 @@
     │   ├── BatchAxisError                     the output has no batch axis, or another batch size
     │   ├── SelectionError (IndexError)        outputs= names an output that does not exist
     │   ├── NameNotFoundError (KeyError)       of= or wrt= names no layer and no parameter
-    │   └── OutError                           out= cannot take the result
+    │   ├── OutError                           out= cannot take the result
+    │   └── MismatchError                      inputs of another kind than a plan was made for
     ├── InputTypeError (TypeError)             an argument of the wrong kind
     ├── CouplingError (RuntimeError)           outputs of one sample depend on another sample
     ├── BudgetError (RuntimeError)             max_memory is too small even for one row
@@ -43,6 +44,10 @@ class NameNotFoundError(InputError, KeyError):
 
 class OutError(InputError):
     """``out=`` has another shape, dtype or device than the result, or cannot be written."""
+
+
+class MismatchError(InputError):
+    """Inputs differ in kind from those that a plan was made for; one line for each field."""
 
 
 class InputTypeError(BatchjacError, TypeError):

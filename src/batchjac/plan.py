@@ -83,13 +83,44 @@ def _time(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a plan will take: from shapes and measured rates, without the function's own forward.
+
+    ``rows`` go down and ``columns`` up, each through one stage or the whole graph; ``bytes`` are
+    held at the most; ``naive`` is one backward pass for each output. ``attainable`` is the share of
+    the rate that the best kernel of this machine reaches, the writing of the result included.
+    """
+
+    rows: int
+    columns: int
+    multiply_adds: int
+    bytes: int
+    seconds: float
+    naive: float
+    attainable: float
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        return [
+            f"passes        {self.rows} rows down, {self.columns} columns up",
+            f"operations    {self.multiply_adds:.3g} multiply-adds",
+            f"memory        {self.bytes / (1 << 20):.3g} MiB at the most",
+            f"time          {_time(self.seconds)} beside the forward, at "
+            f"{self.attainable:.0%} of the attainable limit",
+            f"naive         {_time(self.naive)}, one backward pass for each output",
+        ]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a call did, and what the next one on the same function and shapes will do.
 
     ``samples`` of one forward and ``rows`` of one walk, of ``batch`` and ``width`` in all;
     ``engine`` is ``"walk"`` or ``"rows"``; ``independence`` says how samples were seen to be apart;
     ``kernels`` maps each kind of node to ``"rule"``, ``"vmap"`` or ``"rows"``. ``directions`` says
-    in words how each Jacobian is reached, where more than plain reverse was thought of.
+    in words how each Jacobian is reached, where more than plain reverse was thought of. ``axes``
+    and ``prediction`` are there when it was made before the call, by ``batchjac.plan``;
+    ``mapped``: for a result in memory that the caller brings.
     """
 
     samples: int
@@ -100,6 +131,9 @@ class Plan:
     independence: str
     kernels: Mapping[str, str]
     directions: tuple[str, ...] = ("plain reverse",)
+    axes: tuple[str, ...] = ()
+    prediction: Prediction | None = None
+    mapped: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
@@ -110,7 +144,8 @@ class Plan:
         return {name: way for name, way in self.kernels.items() if way != "rule"}
 
     def __str__(self) -> str:
-        lines = [
+        lines = [f"axes          {line}" for line in self.axes]
+        lines += [
             f"samples       {self.samples} of {self.batch} in one forward",
             f"rows          {self.rows} of {self.width} in one walk",
             f"engine        {self.engine}",
@@ -119,4 +154,5 @@ class Plan:
             f"rules         {', '.join(sorted(set(self.kernels) - set(self.slow))) or 'none'}",
         ]
         lines += [f"without rule  {name}: {way}" for name, way in sorted(self.slow.items())]
+        lines += self.prediction.lines() if self.prediction else []
         return "\n".join(lines)

@@ -249,8 +249,6 @@ def check_boundary(where: str, tensor: Tensor) -> None:
         raise InputTypeError(
             f"{where} has the sparse layout {tensor.layout}; pass its .to_dense() form"
         )
-    if tensor.is_meta:
-        raise InputTypeError(f"{where} is on the meta device and holds no numbers")
     if tensor.is_complex():
         raise InputTypeError(
             f"{where} is complex ({tensor.dtype}); a Jacobian is returned for real tensors only. "

@@ -19,6 +19,7 @@ from batchjac.errors import (
     BatchjacError,
     BudgetError,
     CouplingError,
+    InputTypeError,
     OutError,
     UnsupportedError,
     is_out_of_memory,
@@ -69,6 +70,8 @@ def solve(
 
 def _count_nan(problem: Problem) -> None:
     for path, leaf in zip(problem.tree.paths, problem.tree.leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.is_meta:  # enough for a plan
+            raise InputTypeError(f"inputs{path} is on the meta device and holds no numbers")
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
         some = max(1, _LOOK // max(1, leaf[:1].numel()))

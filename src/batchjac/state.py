@@ -125,6 +125,8 @@ class _Parameter:
         """Whether the values may be others than they were."""
         if not p.is_inference() and p._version != self.version:
             return True
+        if p.is_meta:  # shapes alone, of which a plan is made
+            return False
         return not torch.equal(_total(p.detach()).nan_to_num(), self.total.nan_to_num())
 
 
@@ -161,7 +163,7 @@ class _Before:
                 self._contents(held)
         refuse_lazy(module)
         for buffer in module.buffers():
-            if buffer not in self.buffers:
+            if buffer not in self.buffers and not buffer.is_meta:
                 self.buffers[buffer] = buffer.detach().clone()
         for name, p in module.named_parameters():
             if p not in self.parameters:

@@ -80,3 +80,15 @@ def test_rules_that_add_in_place_return_new_memory():
     g = Block(torch.randn(2, 3, 4, dtype=torch.float64), (3, 4))
     (alone,) = registry.find(step).reverse(step, [g])
     assert alone.data.data_ptr() != g.data.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.ReLU, torch.nn.Tanh, torch.nn.Hardtanh])
+def test_what_is_asked_for_on_the_way_is_not_overwritten(kind):
+    """The rows that arrive at an activation are an answer, and go on into it."""
+    layers = [torch.nn.Linear(3, 5), kind(), torch.nn.Linear(5, 4), kind(), torch.nn.Linear(4, 2)]
+    model, x = torch.nn.Sequential(*layers).double(), torch.randn(6, 3).double()
+    names = ["1", "3", "inputs"]
+    found = batchjac.jacobian(model, x, wrt=names)
+    expected = reference.jacobian(model, x, wrt=names)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name])
