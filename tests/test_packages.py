@@ -32,6 +32,7 @@ ORDER = (
     "sink",
     "solution",
     "answer",
+    "calibration",
     "kernels",
     "rules",
     "cost",

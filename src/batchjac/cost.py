@@ -2,7 +2,7 @@
 
     seconds = products / rate + convolutions / rate + bytes / bandwidth + calls * overhead
 
-Nothing of the user's model runs here. Rates are measured once in a process, on random numbers.
+Nothing of the user's model runs here. Rates are measured once a day, on random numbers.
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from batchjac import kernels
+from batchjac.calibration import remembered
 from batchjac.graph import Meta, Step
 from batchjac.kernels import Convolution
 from batchjac.memory import BLOCK, VIEWS
@@ -174,13 +175,16 @@ NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 1e10, 4e9, 1e-5)
 def rates(threads: int, convolutions: bool = True) -> Rates:
     """What this machine does with so many threads, measured on small random tensors, 0.1 s.
 
+    That is done once a day; other processes read what was found (``calibration``).
     Without ``convolutions`` theirs are not measured: each kind of kernel that torch has never run
     takes some MiB of the process.
     """
     assert threads == torch.get_num_threads()
     with torch.no_grad():
-        found = replace(NOMINAL, **_products_rates())
-        return replace(found, **_convolution_rates()) if convolutions else found
+        figures = remembered("products", _products_rates)
+        if convolutions:
+            figures |= remembered("convolutions", _convolution_rates)
+        return replace(NOMINAL, call=1 / figures.pop("calls"), **figures)
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -199,7 +203,7 @@ def _products_rates() -> dict[str, float]:
         "cached": 3 * x.nbytes / _best(lambda: torch.mul(x, y)),
         "fresh": _FRESH / _best(_touch),
         # a node is several operations and as much Python beside them
-        "call": 8 * _best(lambda: torch.mul(s[:2], s[:2])),
+        "calls": 1 / (8 * _best(lambda: torch.mul(s[:2], s[:2]))),
     }
 
 
