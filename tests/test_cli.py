@@ -125,12 +125,22 @@ class Branching(torch.nn.Linear):
 def make():
     return Branching(3, 2)
 number = 3
+class Numpy(Branching):
+    def forward(self, x):
+        return super().forward(x) + float(x.detach().numpy().sum())
+made = Numpy(3, 2)
 """
     (tmp_path / "looking.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     result = run("plan", "looking:make", "--input", "3")
     assert "1 samples x 2 outputs x 3 inputs" in result.output, result.output
     assert "must give an nn.Module" in run("plan", "looking:number", "--input", "3").output
+    made = run("plan", "looking:made", "--input", "3")
+    assert "1 samples x 2 outputs x 3 inputs" in made.output, made.output
+    assert not sys.modules["looking"].made.weight.is_meta
+    wrong = run("plan", "looking:make", "--input", "5")
+    assert wrong.exit_code == 1
+    assert "the model fails on inputs [1, 5]: mat1 and mat2" in wrong.output
 
 
 @pytest.mark.parametrize(

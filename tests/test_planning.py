@@ -126,6 +126,14 @@ def test_inputs_of_another_kind_are_refused_field_by_field() -> None:
         planned((torch.zeros(5, 4),))
 
 
+def test_hooks_go_one_at_a_time_which_nobody_can_predict() -> None:
+    model = net(4, 8, 3)
+    model[0].register_full_backward_hook(lambda module, into, out: None)
+    planned = batchjac.plan(model, torch.zeros(5, 4))
+    assert planned.plan.engine == "rows"
+    assert planned.plan.prediction is None
+
+
 def test_what_cannot_be_is_refused_before() -> None:
     with pytest.raises(BudgetError, match="the least that would do"):
         batchjac.plan(net(4, 8, 3), torch.zeros(5, 4), max_memory=100)

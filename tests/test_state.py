@@ -396,3 +396,32 @@ def test_two_hundred_calls_take_no_more_memory_than_ten() -> None:
     assert len(verify._trusted) == trusted
     # the answers of the calls alone take 100 MiB
     assert resident() - before < 16 << 20
+
+
+class Renaming(nn.Linear):
+    """Its forward renames an attribute, and deletes one that is None."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.first = "text"
+        self.nothing = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second = self.__dict__.pop("first")
+        return super().forward(x)
+
+
+class Deleting(Renaming):
+    def forward(self, x: Tensor) -> Tensor:
+        del self.nothing
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Renaming, Deleting])
+def test_attributes_keep_their_names(kind: type[Renaming]) -> None:
+    model = kind()
+    before = list(vars(model))
+    for samples in (4, 400):
+        batchjac.jacobian(model, torch.randn(samples, 3), max_memory=80_000)
+    assert sorted(vars(model)) == sorted(before)
+    assert (model.first, model.nothing) == ("text", None)

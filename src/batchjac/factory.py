@@ -1,5 +1,6 @@
 """A model named on the command line, and inputs of given shapes without values."""
 
+import copy
 import importlib
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchjac.api import plan
+from batchjac.errors import BatchjacError
 from batchjac.planning import Planned
 
 
@@ -30,14 +32,20 @@ def planned(
     """
     model = made(factory)
     inputs = tuple(_input(shape, samples) for shape in shapes)
-    model.to("meta")
-    empty = tuple(x.to("meta") for x in inputs)
     try:
-        return _plan(model, empty, outputs, mode, memory)
-    except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, ValueError) or "meta" not in str(error).lower():
-            raise
-    return _plan(made(factory), inputs, outputs, mode, memory)
+        empty = tuple(x.to("meta") for x in inputs)
+        return _plan(copy.deepcopy(model).to("meta"), empty, outputs, mode, memory)
+    except BatchjacError:
+        raise
+    except Exception:  # whatever the model's own code makes of tensors without values
+        pass
+    try:
+        return _plan(model, inputs, outputs, mode, memory)
+    except BatchjacError:
+        raise
+    except Exception as error:  # the same of zeros: the message is the model's own
+        given = ", ".join(str(list(x.shape)) for x in inputs)
+        raise FactoryError(f"the model fails on inputs {given}: {error}") from error
 
 
 def _plan(

@@ -14,7 +14,7 @@ from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
 from batchjac.choose import Choice, choices, decline
-from batchjac.engines.forward import NoForwardRule
+from batchjac.engines.forward import NoForwardRule, NotFinite
 from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
@@ -219,6 +219,8 @@ class Job:
                     sink.put(self.samples.start, piece.row, data)
                 else:
                     sink.put_columns(self.samples.start, piece.column, data)
+        except NotFinite as error:
+            raise NoRoute(str(error)) from error
         except (NoForwardRule, NotPerSample) as error:
             if self.problem.mode != "auto":
                 raise UnsupportedError(

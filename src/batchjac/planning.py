@@ -123,7 +123,9 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
         directions=tuple(line for c in considered for line in c.forecast.lines(c.taken))
         or ("plain reverse",),
         axes=tuple(_axes(problem, job, goal, captured) for job, goal in goals),
-        prediction=_prediction(problem, work, captured.samples, results, result + used),
+        # hooks see one row of one sample at a time, whose time nobody knows
+        prediction=None if captured.hooked
+        else _prediction(problem, work, captured.samples, results, result + used),
         mapped=mapped,
     )  # fmt: skip
 

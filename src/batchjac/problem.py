@@ -15,6 +15,7 @@ from batchjac.errors import (
     InputError,
     InputTypeError,
     NameNotFoundError,
+    SelectionError,
     UnsupportedError,
 )
 from batchjac.state import refuse_lazy
@@ -165,6 +166,12 @@ def pose(
             f"no input has a floating dtype (got {', '.join(kinds)}), so there is nothing to "
             "differentiate; convert it with x.float(), or name an inner layer, for instance the "
             "embedding, with wrt="
+        )
+    whole = isinstance(outputs, Tensor) and outputs.dtype in (torch.int64, torch.int32)
+    if whole and outputs.dim() == 1 and len(outputs) != size:
+        raise SelectionError(
+            f"outputs has {len(outputs)} entries; as a tensor it must name one output for each "
+            f"sample, {size} here. For the same outputs in every sample pass a list"
         )
     kind = cast(Coupling, coupling)  # _check_choice has let no other text through
     return Problem(

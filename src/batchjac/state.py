@@ -255,12 +255,16 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
     held = vars(module)
-    if len(held) == len(before) and all(map(operator.is_, held.values(), before.values())):
+    if (
+        len(held) == len(before)
+        and all(map(operator.is_, held, before))
+        and all(map(operator.is_, held.values(), before.values()))
+    ):
         return  # what usually holds, at a tenth of the cost of looking at each name
     for name in [n for n in held if n not in before and n not in _TENSORS]:
         del held[name]
     for name, value in before.items():
-        if held.get(name) is not value:
+        if held.get(name, _NONE) is not value:
             held[name] = value
 
 

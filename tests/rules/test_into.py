@@ -93,3 +93,74 @@ def test_what_is_asked_for_on_the_way_is_not_overwritten(kind, caplog):
     for name in names:
         torch.testing.assert_close(found[name], expected[name])
     assert not caplog.records  # autograd would have put a wrong walk right
+
+
+class Joined(torch.nn.Module):
+    """A parameter and what has samples meet in one node, on the way to both."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
+        self.p = torch.nn.Parameter(torch.rand(5) + 0.5)
+        self.join = join
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.join(self.a(x), self.p)))
+
+
+def terms(kind):
+    """A layer used again, whose bias gets rows from every use."""
+
+    class Terms(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.o = kind(), torch.nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = self.l(x) + self.l(2 * x) + self.l(3 * x)
+            return self.o(torch.tanh(h).reshape(len(x), 5))
+
+    return Terms()
+
+
+def conv():
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (5, 1, 1)), torch.nn.Conv2d(5, 5, 1))
+
+
+SHARED = {
+    **{
+        f.__name__: (lambda f=f: Joined(f), ["inputs", "p"])
+        for f in (torch.logaddexp, torch.hypot, torch.atan2, torch.copysign, torch.fmod)
+    },
+    "linear": (lambda: terms(lambda: torch.nn.Linear(5, 5)), ["l.bias"]),
+    "layer norm": (lambda: terms(lambda: torch.nn.LayerNorm(5)), ["l.bias"]),
+    "group norm": (lambda: terms(lambda: torch.nn.GroupNorm(1, 5)), ["l.bias"]),
+    "convolution": (lambda: terms(conv), ["l.1.bias"]),
+    "recurrent": (
+        lambda: torch.nn.Sequential(torch.nn.RNN(5, 4, 2, batch_first=True), Last()),
+        ["0.bias_ih_l0", "0.bias_hh_l0", "0.bias_hh_l1"],
+    ),
+}
+
+
+class Last(torch.nn.Module):
+    def forward(self, found):
+        return found[0][:, -1]
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_that_are_read_twice_are_not_written_into(name, samples, caplog):
+    """What all samples share gets a view of the rows, or reads them after its neighbour."""
+    make, names = SHARED[name]
+    torch.manual_seed(0)
+    model = make().double().eval()
+    width = 4 if isinstance(model, Joined) else 5
+    shape = (samples, 3, width) if name == "recurrent" else (samples, width)
+    x = torch.randn(shape).double()
+    expected = reference.jacobian(model, x, wrt=names)
+    for coupling in ("error", "frozen"):
+        found = batchjac.jacobian(model, x, wrt=names, coupling=coupling)
+        for part in names:
+            torch.testing.assert_close(found[part], expected[part])
+    assert not caplog.records  # autograd would have put a wrong walk right

@@ -22,9 +22,15 @@ Blocks = Sequence[Block | None]
 class NoForwardRule(Exception):
     """Tangents cannot pass a node, whose name is given; cotangents can.
 
-    It has no forward rule, or that does not cover this case. Or the tangents are not finite: at an
-    infinite slope a direction that is zero there becomes ``0 * inf`` on the way forward, where the
-    walk may never meet that product.
+    It has no forward rule, or that does not cover this case.
+    """
+
+
+class NotFinite(NoForwardRule):
+    """Tangents hold inf or nan.
+
+    At an infinite slope a direction that is zero there becomes ``0 * inf`` on the way forward,
+    where the walk may never meet that product.
     """
 
 
@@ -65,7 +71,7 @@ def tangents(
             del arriving
     found = alive.get(root)
     if found is not None and not _finite(found.data.detach()):
-        raise NoForwardRule(f"{root[0].name()}: its tangents are not finite")
+        raise NotFinite(f"{root[0].name()}: its tangents are not finite")
     return found
 
 

@@ -75,8 +75,6 @@ def walk(
             if not create_graph and _added(step, rule, blocks, pending):
                 continue
             gradients = _through(step, rule, blocks, kernels, places)
-            if not create_graph:
-                gradients = _owned(rule, blocks, gradients)
             del blocks
             for k, edge in enumerate(step.edges):
                 if edge is not None and gradients[k] is not None:
@@ -96,16 +94,24 @@ def _added(
     return before is not None and before.owned and rule.into(step, blocks, before)
 
 
-def _owned(rule: registry.Rule | None, blocks: Blocks, gradients: Blocks) -> Blocks:
-    """The gradients, marked as the walk's own where the node's rule made new memory for one."""
+def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
+    """The gradients, marked as the walk's own where the node's rule made new memory for one.
+
+    One that came in and goes on alone stays what it was; several may be one block.
+    """
     made = [b for b in gradients if b is not None]
-    came = [b for b in blocks if b is not None]
-    if rule is None or not rule.fresh or len(made) != 1:
-        # several gradients may be one block; one that came in is the walk's own no longer
-        return [b and b.owned_if(False) for b in gradients] if len(made) > 1 else gradients
-    if any(made[0].data is b.data for b in came):
+    if len(made) > 1:
+        return _lent(gradients)
+    if not rule.fresh or not made or any(made[0] is b for b in blocks):
         return gradients
-    return [b and b.owned_if(True) for b in gradients]
+    memory = made[0].data.untyped_storage().data_ptr()
+    came = [b.data.untyped_storage().data_ptr() for b in blocks if b is not None]
+    return [b and b.owned_if(memory not in came) for b in gradients]
+
+
+def _lent(blocks: Blocks) -> Blocks:
+    """The same blocks, which nobody may write into."""
+    return [b and b.owned_if(False) for b in blocks]
 
 
 def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None:
@@ -129,12 +135,13 @@ def _through(
         crossing = _crossing(step, places)
         if crossing is not None:
             kernels.took(step.name, "rule")
-            return _per_sample(step, blocks, rule, crossing, places)
+            # read twice, and handed on as views: nobody may write into these
+            return _per_sample(step, _lent(blocks), rule, crossing, places)
     if rule is not None:
         gradients: Blocks = rule.reverse(step, blocks)
         if gradients is not NotImplemented:
             kernels.took(step.name, "rule")
-            return gradients
+            return gradients if torch.is_grad_enabled() else _owned(rule, blocks, gradients)
     # a step that stands for something else than its node ("...:frozen") must have a rule
     assert step.name == step.node.name(), f"{step.name} has no rule"
     if step.name not in kernels.refused | fallback.WRONG_UNDER_VMAP:
