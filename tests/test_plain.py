@@ -98,3 +98,32 @@ def test_torch_is_as_it_was_also_after_an_error() -> None:
     with pytest.raises(KeyError, match="mine"):
         batchjac.jacobian(fails, torch.randn(2, 3))
     assert [getattr(checkpoints, name) for name in names] == before
+
+
+class Exact(nn.Module):
+    """A model that switches autocast off for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y: Tensor = self.layers(x)
+            return y
+
+
+@pytest.mark.parametrize("mode", ["auto", "reverse", "forward", "mixed"])
+def test_the_callers_autocast_is_for_the_forward_alone(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, x = Exact(), torch.randn(7, 6)
+    expected = batchjac.jacobian(model, x, mode=mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = batchjac.jacobian(model, x, mode=mode)
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not caplog.records

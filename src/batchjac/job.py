@@ -21,6 +21,7 @@ from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, Graph, Slot, hold, prune
 from batchjac.independence import Proof, frozen, probe, prove
+from batchjac.plain import unrounded
 from batchjac.problem import Problem
 from batchjac.route import held
 from batchjac.samples import SHARED
@@ -171,6 +172,7 @@ class Job:
         """The goals of the plain walk."""
         return tuple(g for g in self.goals if g.part not in self.choices)
 
+    @unrounded()
     def fill(self, sinks: dict[Part, Sink], rows: int, by_engine: bool = False) -> None:
         """Compute all rows, ``rows`` at a time, and put them into the sinks.
 

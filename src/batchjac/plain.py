@@ -25,6 +25,19 @@ def plainly() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """No autocast in this block: derivatives are computed in the precision that was recorded.
+
+    The caller's autocast is for the forward; around a backward pass torch advises against it.
+    """
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 class _Called:
     """In place of the reentrant checkpoint's ``autograd.Function``: the call itself."""
 

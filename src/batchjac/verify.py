@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from batchjac.capture import Capture, capture
 from batchjac.engines.rows import pull
 from batchjac.job import Goal, Job
+from batchjac.plain import unrounded
 from batchjac.problem import Problem
 from batchjac.sink import Sink
 
@@ -113,6 +114,7 @@ def trust(job: Job) -> None:
         _trusted.setdefault(_owner(job.problem), set()).add(signature(job))
 
 
+@unrounded()
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
     """Whether a random combination of the rows equals one ``autograd.grad``; None if unknowable."""
     goals = [g for g in job.goals if g not in job.unreached()]
