@@ -21,7 +21,9 @@ METHOD = """\
 ## How it was measured
 
 - Every way's whole result is compared with batchjac's before its time counts (of a way marked †,
-  the first samples), and batchjac's first samples with a row loop in float64. {off}
+  the first samples), and batchjac's first samples with a row loop in float64. {off} Up to
+  {kinks:.0%} of the samples may differ by more: where an activation is within rounding of zero,
+  ways that round differently are on two sides of a kink.
 - *documented*: one call on the whole batch, as the way's documentation shows it. *tuned*: the best
   of several chunks of samples, each written into one result made beforehand; the chunk stands in
   brackets. batchjac's two forms are the plain call and `out=`. A ratio takes the faster form of
@@ -50,10 +52,15 @@ between layers, which nobody can avoid, and gives no credit for zeros, which cou
 
 def constants() -> dict[str, float]:
     """What the text says about the run's options."""
-    from benchmarks.measure import PAUSE, Options
+    from benchmarks.measure import KINKS, PAUSE, Options
 
     options = Options()
-    return {"pause": PAUSE * 1e3, "memory": options.memory / (1 << 30), "seconds": options.seconds}
+    return {
+        "kinks": KINKS,
+        "pause": PAUSE * 1e3,
+        "memory": options.memory / (1 << 30),
+        "seconds": options.seconds,
+    }
 
 
 def machine(data: Data) -> str:

@@ -349,3 +349,13 @@ def test_a_run_that_stops_loses_nothing_and_goes_on(
     assert {r["case"] for r in whole} == {"fast", "breaks", "slow"}
     assert not any("failed" in r for r in whole)
     assert calls == ["fast", "breaks", "slow", "breaks", "slow"]
+
+
+def test_a_few_samples_may_be_on_the_other_side_of_a_kink():
+    truth = torch.ones(100, 3, 4)
+    few, many = truth.clone(), truth.clone()
+    few[:2] = 5
+    many[:3] = 5
+    assert off(few, truth) == 0
+    assert off(many, truth) == 4
+    assert off(few[:49], truth[:49]) == 4  # one in fifty, and not one in forty-nine
