@@ -348,8 +348,10 @@ model = nn.Sequential(nn.Conv2d(3, 160, 3, padding=1), nn.Tanh(), nn.Conv2d(160,
 x = torch.randn(256, 3, 32, 32)
 expected = batchjac.jacobian(model, x[-4:])
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), before[1]))
 j = batchjac.jacobian(model, x, max_memory="8GiB")  # more than there is
+resource.setrlimit(resource.RLIMIT_AS, before)
 torch.testing.assert_close(j[-4:], expected)
 print(tuple(j.shape))
 """
