@@ -87,6 +87,7 @@ def test_a_model_written_again_is_the_same_function(
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.1, 0.5)
     for norm in (m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)):
+        # BatchNorm's buffers may be None without statistics; these have some
         nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
         nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
     layer.eval()

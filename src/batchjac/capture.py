@@ -153,6 +153,7 @@ def without_graph(captured: Capture) -> Capture:
 
 def _nodes_so_far() -> int:
     """How many nodes this thread has recorded."""
+    # private: torch's own types leave it out, though the module has it
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 

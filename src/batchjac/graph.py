@@ -175,7 +175,7 @@ def taken_apart(restore: Callable[[], None]) -> Iterator[None]:
     """Let go after an error in this block, whose traceback would keep graphs alive."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # an interrupt too; it goes on as it came
         reason: BaseException | None = error
         while held() and reason is not None:
             traceback.clear_frames(reason.__traceback__)

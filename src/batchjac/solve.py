@@ -173,7 +173,7 @@ class _Run:
             room = min(room, max(2, fits))
         try:
             self.compared.border(stop, self.values[-1][0], self.width, room)
-        except Exception as error:
+        except Exception as error:  # as above; a look that does not fit is left out
             if not is_out_of_memory(error):
                 raise
 

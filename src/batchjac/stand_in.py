@@ -74,7 +74,7 @@ def _tried(again: Callable[[Problem], Seen], problem: Problem, seen: Seen) -> Se
     """What is seen in these numbers; nothing new if the function refuses them."""
     try:
         return again(problem)
-    except Exception as error:
+    except Exception as error:  # the user's function may refuse numbers that are not its own
         if is_out_of_memory(error):
             raise
         return seen
