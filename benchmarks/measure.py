@@ -287,7 +287,7 @@ class Timing:
             cells = self.cells[way.name]
             try:
                 forms = self.ready(way, model, x, out)
-            except Exception as error:
+            except Exception as error:  # a peer's failure is a finding, shown in the table
                 cells["tuned"] = {"failed": fresh.brief(error)}
                 continue
             for form, run in forms.items():

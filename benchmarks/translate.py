@@ -125,6 +125,7 @@ def forward(ops: Ops, layer: nn.Module, x: Any) -> Any:
             return x
         case nn.TransformerEncoder():
             for each in layer.layers:
+                # a ModuleList is typed as one of any modules
                 x = encoder_layer(ops, x, each)  # type: ignore[arg-type]
             return x
         case models.Residual():
@@ -159,6 +160,7 @@ def simple(ops: Ops, layer: nn.Module, x: Any) -> Any:
         case nn.Identity():
             return x
         case nn.MaxPool1d() | nn.MaxPool2d():
+            # torch types sizes as an int or several; the models here give one int
             return ops.max_pool(x, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
         case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d():
             return ops.mean(x, tuple(range(1, rank - 1)), keep=True)
@@ -168,6 +170,7 @@ def simple(ops: Ops, layer: nn.Module, x: Any) -> Any:
             y = ops.transpose(x, channels_second(rank)) if rank > 2 else x
             return ops.reshape(y, (int(y.shape[0]), int(np.prod([int(s) for s in y.shape[1:]]))))
         case nn.Unflatten():
+            # torch types the sizes as named pairs too; the models here give plain ones
             y = ops.reshape(x, (int(x.shape[0]), *layer.unflattened_size))  # type: ignore[misc]
             return ops.transpose(y, (0, *range(2, len(y.shape)), 1))
     raise NotWrittenError(type(layer).__name__)

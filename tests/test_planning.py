@@ -39,6 +39,13 @@ def test_a_plan_says_what_will_happen() -> None:
     assert 0 < made.attainable <= 1
 
 
+@pytest.mark.parametrize(("mode", "passed"), [("reverse", 3), ("forward", 4)])
+def test_operations_are_counted_layer_by_layer(mode: str, passed: int) -> None:
+    made = batchjac.plan(net(4, 80, 3), torch.zeros(5, 4), mode=mode).plan.prediction
+    assert made is not None
+    assert made.multiply_adds == 5 * passed * (4 * 80 + 80 * 3)
+
+
 def test_a_plan_by_way_of_a_bottleneck_names_its_stages() -> None:
     planned = batchjac.plan(net(40, 40, 2, 40, 40), torch.zeros(64, 40), mode="mixed")
     text = str(planned)

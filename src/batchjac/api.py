@@ -167,7 +167,7 @@ def plan(
         another kind are refused with one line for each field that differs.
 
     Cost:
-        One forward, of the first chunk of samples; no walk, no result. Once in a process the rates
+        One forward, of the first chunk of samples; no walk, no result. Once a day the rates
         of this machine are measured, 0.1 s.
 
     Example:

@@ -18,7 +18,7 @@ from batchjac.job import Goal, Job, jobs, need, units
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
-from batchjac.route import passes
+from batchjac.route import Chain, Down, Forward, Reverse, Route, Up, passes
 from batchjac.rules import registry
 from batchjac.sink import size
 from batchjac.solve import solve
@@ -177,12 +177,30 @@ def _prediction(
         for choice in job.choices.values():
             done = passes(choice.route, choice.chain)
             seconds += choice.route.seconds * n / captured
-            stages = sum((stage.work for stage in choice.chain.stages), Work())
-            share = _multiply_adds(stages) / max(1, len(choice.chain.stages))
-            operations += n * (round((done.rows + done.columns) * share) + done.multiply_adds)
+            operations += n * (_pushed(choice.route, choice.chain) + done.multiply_adds)
             rows, columns = rows + done.rows, columns + done.columns
     limit += operations / _peak(rates)
     return Prediction(rows, columns, operations, held, seconds, naive, min(1.0, limit / seconds))
+
+
+def _pushed(route: Route, chain: Chain) -> int:
+    """Multiply-adds of one sample in the rows and columns that a route pushes, joins aside."""
+    total = 0.0
+    for node in route:
+        rows, columns = chain.height(node.upper), chain.widths[node.lower]
+        match node:
+            case Reverse():
+                count, first, last = rows, node.upper, node.lower
+            case Forward():
+                count, first, last = columns, node.upper, node.lower
+            case Down():
+                count, first, last = rows, node.above.lower, node.lower
+            case Up():
+                count, first, last = columns, node.upper, node.below.upper
+            case _:
+                continue
+        total += count * sum(_multiply_adds(stage.work) for stage in chain.stages[first:last])
+    return round(total)
 
 
 def _multiply_adds(nodes: Work) -> float:
