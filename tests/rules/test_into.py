@@ -1,5 +1,7 @@
 """Gradients added in place to what a walk has made: the same sums, and nothing else written to."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,8 +38,33 @@ def last_shared(x):
     return t[:, 1] + h[:, 0] + h[:, 2] + (h + t).flatten(1)[:, :4]
 
 
+def projected(x):
+    """The packed projection of ``nn.MultiheadAttention``: parts of a tensor that was permuted."""
+    h = x.sin().repeat(1, 2, 3).unflatten(-1, (3, 4)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+    q, k, v = h.contiguous()
+    return q * k.tanh() + v.sin()
+
+
+def selected(x):
+    """The same, one part after the other."""
+    h = x.sin().repeat(1, 2, 3).unflatten(-1, (3, 4)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+    h = h.contiguous()
+    return h[0] * h[2].tanh()
+
+
+def heads(x):
+    """The parts of an attention whose heads come before its tokens."""
+    q, k, v = x.sin().repeat(1, 1, 3).view(3, 3, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return (q * k.tanh() + v.sin()).flatten(1)
+
+
 CASES: list[Case] = []  # a way of adding up, no rule
-FUNCTIONS = [packed, same_part_twice, whole_and_parts, first_shared, last_shared]
+FUNCTIONS = [
+    packed, same_part_twice, whole_and_parts, first_shared, last_shared, projected, selected, heads,
+]  # fmt: skip
+
+
+READ = {projected: (1, 2, 0, 3), selected: (1, 2, 0, 3), heads: (1, 3, 0, 2, 4)}
 
 
 @pytest.mark.parametrize("f", FUNCTIONS)
@@ -47,6 +74,25 @@ def test_parts_of_one_tensor(f, create_graph, caplog):
     found = batchjac.jacobian(f, x, create_graph=create_graph)
     torch.testing.assert_close(found, reference.jacobian(f, x))
     assert not caplog.records  # a walk that is wrong is noticed, and autograd takes over
+
+
+@pytest.mark.parametrize("f", [projected, selected, heads])
+def test_parts_are_put_together_in_the_order_in_which_they_are_read(f, monkeypatch):
+    """What follows only permutes and merges axes, so that nothing needs to be copied there."""
+    seen = []
+    for name in ("SelectBackward0", "UnbindBackward0"):
+        rule = registry._RULES[name]
+
+        def reverse(step, blocks, rule=rule):
+            (made,) = found = rule.reverse(step, blocks)
+            order = [0, *(d + 1 for d in READ[f])]
+            seen.append(made.data.permute(order).is_contiguous())
+            return found
+
+        monkeypatch.setitem(registry._RULES, name, replace(rule, reverse=reverse))
+    batchjac.jacobian(f, torch.randn(3, 3, 4, dtype=torch.float64))
+    assert seen
+    assert all(seen)
 
 
 def step_of(build, *shape):

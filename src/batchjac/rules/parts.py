@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from batchjac.block import Block
 from batchjac.graph import Edge, Meta, Step
 from batchjac.rules.registry import Blocks, only, rule
+from batchjac.rules.shape import inverse, read_in
 from batchjac.samples import Place, SampleAxis, moved
 
 
@@ -55,8 +56,13 @@ def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     g, edge = only(step, blocks)
     dim = step.saved("dim") % len(edge.shape)
     sizes = [*g.data.shape[: dim + 1], edge.shape[dim], *g.data.shape[dim + 1 :]]
-    data = torch.ops.aten.select_backward(g.data, sizes, dim + 1, step.saved("index"))
-    return [Block(data, edge.shape)]
+    order = read_in(edge)
+    where = order.index(dim + 1)
+    left = [d - (d > dim + 1) for d in order if d != dim + 1]
+    data = torch.ops.aten.select_backward(
+        g.data.permute(left), [sizes[d] for d in order], where, step.saved("index")
+    )
+    return [Block(data.permute(inverse(order)), edge.shape)]
 
 
 def _along_dim(step: Step, at: SampleAxis) -> list[Place]:
@@ -180,7 +186,14 @@ def split(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     (edge,) = step.edges
     assert edge is not None
     dim = step.saved("dim") % len(edge.shape)
-    return [Block(torch.cat(_filled(blocks, step.outputs, dim), dim + 1), edge.shape)]
+    return [_joined(_filled(blocks, step.outputs, dim), dim, edge)]
+
+
+def _joined(parts: Sequence[Tensor], dim: int, edge: Edge) -> Block:
+    """The parts side by side along ``dim``, in the order in which the whole will be read."""
+    order = read_in(edge)
+    data = torch.cat([part.permute(order) for part in parts], order.index(dim + 1))
+    return Block(data.permute(inverse(order)), edge.shape)
 
 
 @rule("UnbindBackward0", samples=_select_samples)
@@ -192,7 +205,7 @@ def unbind(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     shape = (*edge.shape[:dim], 1, *edge.shape[dim + 1 :])
     apart = [b and b.reshape(shape) for b in blocks]
     outputs = [replace(meta, shape=shape) for meta in step.outputs]
-    return [Block(torch.cat(_filled(apart, outputs, dim), dim + 1), edge.shape)]
+    return [_joined(_filled(apart, outputs, dim), dim, edge)]
 
 
 def _select_put_samples(step: Step, at: SampleAxis) -> list[Place]:

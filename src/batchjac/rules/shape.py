@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchjac.block import Block
-from batchjac.graph import Step
+from batchjac.graph import Edge, Step, metas
 from batchjac.rules.apart import each_sample
 from batchjac.rules.registry import Blocks, elementwise, only, rule, single
 from batchjac.rules.spatial import but_last
@@ -28,6 +28,9 @@ VIEWS = (
 PERMUTED = (
     "PermuteBackward0", "TransposeBackward0", "TBackward0", "TransposeBackward1", "TBackward1",
 )  # fmt: skip
+
+
+KEEPING = (*VIEWS, "CloneBackward0")  # the order of the entries
 
 
 def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
@@ -85,13 +88,42 @@ def _permuted(step: Step, at: SampleAxis) -> list[Place]:
     return [moved(at, permutation(step)[at.dim])]
 
 
+def read_in(edge: Edge) -> list[int]:
+    """The axes of the edge's block in the order in which its memory will be read, rows first.
+
+    A tensor whose axes are permuted before some are merged, as the parts of a packed projection
+    are, is copied at the merging unless it was made in that order.
+    """
+    node: Any = edge.node
+    order = [d for d, size in enumerate(edge.shape) if size != 1]
+    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        step = Step(node, node.name(), metas(node), ())
+        node, slot = node.next_functions[0]
+        if step.name in PERMUTED:
+            axes = [d for d, n in zip(permutation(step), step.shape, strict=True) if n != 1]
+            order = [d for _, d in sorted(zip(axes, order, strict=True))]
+        elif step.name not in KEEPING or not _same_but_ones(step.shape, metas(node)[slot].shape):
+            break
+    rest = iter(order)
+    return [0, *(1 + (d if size == 1 else next(rest)) for d, size in enumerate(edge.shape))]
+
+
+def _same_but_ones(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are the same but for axes of size 1."""
+    return [n for n in a if n != 1] == [n for n in b if n != 1]
+
+
 @rule(*PERMUTED, samples=_permuted)
 def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[order] = x``: the block's axes put back, without a copy."""
     g, edge = only(step, blocks)
-    order = permutation(step)
-    back = [order.index(d) + 1 for d in range(len(order))]
-    return [Block(g.data.permute(0, *back), edge.shape)]
+    back = inverse(permutation(step))
+    return [Block(g.data.permute(0, *(d + 1 for d in back)), edge.shape)]
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that puts back what ``order`` moved."""
+    return [order.index(d) for d in range(len(order))]
 
 
 @single(*PERMUTED)
