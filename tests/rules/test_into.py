@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 import batchjac
 from batchjac.block import Block
@@ -58,9 +59,18 @@ def heads(x):
     return (q * k.tanh() + v.sin()).flatten(1)
 
 
+def normalised(x):
+    """Constant statistics only scale: in place on rows of its own, not on those of the sum."""
+    h = x.sin()
+    mean, variance = torch.arange(3.0).double(), torch.arange(1.0, 4.0).double()
+    y = functional.batch_norm(h, mean, variance)
+    return functional.batch_norm((y + h).relu(), mean, variance).exp() + h
+
+
 CASES: list[Case] = []  # a way of adding up, no rule
 FUNCTIONS = [
     packed, same_part_twice, whole_and_parts, first_shared, last_shared, projected, selected, heads,
+    normalised,
 ]  # fmt: skip
 
 

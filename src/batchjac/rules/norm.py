@@ -22,7 +22,7 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
-from batchjac.rules.pointwise import only
+from batchjac.rules.pointwise import only, times_last
 from batchjac.rules.registry import Blocks, Forward, PerSample, Reverse, first, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
 
@@ -50,10 +50,15 @@ class Normalised:
         """``x̂ = (x - m) s``."""
         return (self.x - self.mean) * self.scale
 
+    @property
+    def slope(self) -> Tensor:
+        """``w s``, which is the derivative itself where mean and scale are constants."""
+        return self.scale if self.weight is None else self.scale * self.weight
+
     def toward_input(self, g: Tensor) -> Tensor:
         """``s (h - mean h - x̂ mean(h x̂))`` with ``h = g w``."""
         if not self.axes:
-            return g * (self.scale if self.weight is None else self.scale * self.weight)
+            return g * self.slope
         first = self.axes[0]
         trailing = self.axes == tuple(range(first, self.x.dim())) and self.x.numel() > 0
         if trailing and not torch.is_grad_enabled():
@@ -70,7 +75,7 @@ class Normalised:
             dims = [d + 1 for d in self.axes]
             slope = (t * self.centred).mean(dims, keepdim=True)
             t = torch.addcmul(t - t.mean(dims, keepdim=True), self.centred, slope, value=-1)
-        return t * (self.scale if self.weight is None else self.scale * self.weight)
+        return t * self.slope
 
     def _fused(self, g: Tensor, first: int) -> Tensor:
         """The same by torch's kernel for the last axes, three times as fast: a row is an image."""
@@ -208,9 +213,13 @@ def _reverse(read: Callable[[Step], Normalised]) -> Reverse:
         g = _rows(step, blocks, normal)
         if g is None:
             return NotImplemented
+        affine = _affine(step, normal, g, lambda b: b.sum_to(normal.affine))
         x = step.edges[0]
-        toward = None if x is None else g.with_data(normal.toward_input(g.data)).reshape(x.shape)
-        return [toward, *_affine(step, normal, g, lambda b: b.sum_to(normal.affine))]
+        if x is None:
+            return [None, *affine]
+        if not normal.axes and affine == [None, None]:
+            return [times_last(g, normal.slope).reshape(x.shape), None, None]
+        return [g.with_data(normal.toward_input(g.data)).reshape(x.shape), *affine]
 
     return normalise
 
