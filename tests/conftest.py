@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -81,3 +82,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("tally")
         for name, count in sorted(counts.items()):
             terminalreporter.write_line(f"{count:6d}  {name}")
+
+
+@pytest.fixture
+def routes_are_taken(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """No test passes because rows went in reverse, or through autograd, in the end."""
+    caplog.set_level(logging.INFO, logger="batchjac")
+    yield
+    if "falls_back" not in request.fixturenames:
+        said = [r.getMessage() for r in caplog.get_records("call")]
+        said = [m for m in said if "rows now go" in m]
+        assert not said
+
+
+@pytest.fixture
+def falls_back() -> None:
+    """Asked for by tests in which rows go another way in the end."""
