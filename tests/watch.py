@@ -144,3 +144,20 @@ def busy(**options: Any) -> Busy:
     model.norm.eval()
     model.drop.train()
     return model
+
+
+# Questions about ``busy``, each by another part of the engines.
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "inputs": {},
+    "outputs": {"outputs": "argmax"},
+    "a layer": {"wrt": "first"},
+    "of a layer": {"of": "first"},
+    "parameters": {"wrt": "parameters"},
+    "several": {"wrt": ["inputs", "drop", "last.weight"]},
+    "with a history": {"create_graph": True},
+    "little memory": {"max_memory": "20kB"},
+    "frozen": {"coupling": "frozen"},
+    "sum": {"coupling": "sum"},
+    "full": {"coupling": "full"},
+    "full parameters": {"coupling": "full", "wrt": "parameters"},
+}
