@@ -224,6 +224,10 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
         if (step.node, k) not in shared
     )
     widest = max(sizes.values(), default=0)
+    for step in steps:  # of a part of a graph edges lead out
+        for e in step.edges:
+            if e is not None and (e.node, e.slot) not in sizes:
+                sizes[e.node, e.slot] = _size(e.meta)
     for slot in shared:
         if slot in sizes:
             sizes[slot] *= samples
