@@ -1,4 +1,4 @@
-"""Rows one at a time by autograd's engine: equal to the reference, and chosen where it is faster."""
+"""Rows one at a time by autograd's engine: equal to the reference, chosen where that is faster."""
 
 from __future__ import annotations
 
@@ -126,7 +126,10 @@ def test_several_outputs_and_inputs_and_those_that_do_not_meet() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("coupling", ["sum", "full"])
 def test_coupled_samples(coupling: str, forced: list[int], no_walk: None) -> None:
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)), batch()
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)),
+        batch(),
+    )
     truth = full_truth(model, x)  # [N, out, N, in]
     found = jacobian(model, x, coupling=coupling)
     close(found, truth if coupling == "full" else truth.sum(0).movedim(1, 0))

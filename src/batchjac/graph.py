@@ -114,8 +114,10 @@ def prune(roots: Sequence[Node], targets: Sequence[Slot]) -> Graph:
             continue
         edges: list[Edge | None] = []
         for child, slot in node.next_functions:
-            found = known.get(child)
-            edges.append(None if found is None else Edge(child, slot, found[slot]))
+            if child is None or child not in known:
+                edges.append(None)
+            else:
+                edges.append(Edge(child, slot, known[child][slot]))
         steps.append(Step(node, node.name(), known[node], tuple(edges)))
     return Graph(tuple(steps), frozenset(targets))
 

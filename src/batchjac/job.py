@@ -167,11 +167,8 @@ class Job:
     @cached_property
     def choices(self) -> dict[Part, Choice]:
         """The goals that are not left to the plain walk, and the route to each."""
-        return {} if self.singly else self._taken
-
-    @property
-    def _taken(self) -> dict[Part, Choice]:
-        return {part: choice for part, choice in self.considered.items() if choice.taken}
+        considered = {} if self.singly else self.considered
+        return {part: choice for part, choice in considered.items() if choice.taken}
 
     @cached_property
     def singly(self) -> Pace | None:
@@ -184,7 +181,7 @@ class Job:
         own = bool(self.goals) and all(g.target.per_sample for g in self.goals)
         if problem.mode != "auto" or self.root is None or not (exact and own):
             return None
-        routes = [choice.route.seconds for choice in self._taken.values()]
+        routes = [c.route.seconds for c in self.considered.values() if c.taken]
         walked = len(routes) < len(self.goals) - len(self.unreached())
         return pace.singly(self.graph, self.seeds, math.inf if walked else sum(routes))
 
@@ -334,16 +331,11 @@ def _zeros(target: Target, rows: int) -> Block:
 
 def need(work: Sequence[Job], samples: int) -> memory.Need:
     """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
-    graphs = [in_engine_order(job.graph) if job.singly else job.graph for job in work]
-    whole = memory.need(graphs, samples, shared(work))
+    whole = memory.need([_ordered(job, job.graph) for job in work], samples, shared(work))
     ways = [held(choice.route, choice.chain) for job in work for choice in job.choices.values()]
     if not ways:
         return whole
-    plain = [
-        graph if job.plain == job.goals else job.pruned(job.plain)
-        for job, graph in zip(work, graphs, strict=True)
-        if job.plain
-    ]
+    plain = [_ordered(job, job.pruned(job.plain)) for job in work if job.plain]
     walked = memory.need(plain, samples, shared(work))
     return memory.Need(
         whole.saved + max(w.kept for w in ways),
@@ -352,17 +344,18 @@ def need(work: Sequence[Job], samples: int) -> memory.Need:
     )
 
 
+def _ordered(job: Job, graph: Graph) -> Graph:
+    """The graph's steps as they are taken."""
+    return in_engine_order(graph) if job.singly else graph
+
+
 def units(work: Sequence[Job]) -> int:
-    """Rows, or columns, that could be pushed together: of the longest step of any job."""
-    return _longest([job for job in work if not job.singly])
+    """Rows, or columns where they are what is pushed, that could go together."""
+    return width([job for job in work if not job.singly])
 
 
 def width(work: Sequence[Job]) -> int:
-    """The same, those that go one at a time counted too."""
-    return _longest(work)
-
-
-def _longest(work: Sequence[Job]) -> int:
+    """Rows of the longest walk, or columns where they are what is pushed, however they go."""
     counts = [
         held(choice.route, choice.chain).units for job in work for choice in job.choices.values()
     ]

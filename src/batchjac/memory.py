@@ -309,25 +309,26 @@ def first(
     """
     if module is None and told:
         return min(samples, 2)
-    each = sum(t.numel() * _growth(t, module) * t.element_size() for t in tensors) // samples
+    weights = None if module is None else _weights(module)
+    each = sum(t.numel() * _growth(t, weights) * t.element_size() for t in tensors) // samples
     parts = [t.nbytes / (FIRST if t.is_floating_point() else FIRST_OF_INDEX) for t in tensors]
-    widest = max((p.shape[0] * p.element_size() for p in _weights(module)), default=0)
+    widest = max((p.shape[0] * p.element_size() for p in weights or ()), default=0)
     times = max(sum(parts), samples * widest / BLOCK)
     few = samples if times <= 2 else int(samples / times)
     return max(min(samples, 2), min(samples, few, allowed // max(1, each)))
 
 
-def _growth(tensor: Tensor, module: nn.Module | None) -> int:
-    """Bytes that a forward holds for one byte of this input."""
-    if module is None:
+def _growth(tensor: Tensor, weights: Sequence[Tensor] | None) -> int:
+    """Bytes that a forward holds for one byte of this input; no weights of a mere function."""
+    if weights is None:
         return _GROWTH if tensor.is_floating_point() else _GROWTH_OF_INDEX
-    channels = sum(p.shape[0] for p in _weights(module))
+    channels = sum(p.shape[0] for p in weights)
     return max(_PER_CHANNEL * channels, 64)
 
 
-def _weights(module: nn.Module | None) -> list[Tensor]:
+def _weights(module: nn.Module) -> list[Tensor]:
     """What makes outputs of its first axis: the matrices and kernels of all layers."""
-    return [] if module is None else [p for p in module.parameters() if p.dim() > 1]
+    return [p for p in module.parameters() if p.dim() > 1]
 
 
 def chunk(need: Need, samples: int, rows: int, allowed: int, result: int, whole: bool) -> Chunk:
