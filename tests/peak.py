@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import batchjac
 from batchjac.errors import BatchjacError
+from tests.routes import one_row_at_a_time
 
 
 class Encoder(nn.Module):
@@ -113,10 +115,25 @@ class Call:
     closure: bool = False
     mapped: tuple[int, ...] | None = None  # the result goes to a memory-mapped file
     cold: bool = False  # nothing ran before in this process
+    singly: bool = False  # rows go one at a time through autograd's engine
 
     def function(self) -> Callable[..., Any]:
         model = self.model()
         return (lambda x: model(x)) if self.closure else model
+
+
+class Cells(nn.Module):
+    """Many small nodes, of which some wait long for what meets them: a step reads an old state."""
+
+    def __init__(self, width: int, steps: int) -> None:
+        super().__init__()
+        self.cell, self.steps, self.width = nn.Linear(width, width), steps, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for k in range(self.steps):
+            states.append(torch.tanh(self.cell(states[-1]) * states[k // 2].sigmoid()))
+        return torch.stack(states, 1).sum(1)[:, :6]
 
 
 def images(n: int, channels: int, width: int) -> Callable[[], Tensor]:
@@ -164,6 +181,16 @@ CALLS = {
     "mixed towards wide": Call(
         lambda: mlp(2000, 64, 8, 256, 256), lambda: torch.randn(10, 2000), {"mode": "mixed"}
     ),
+    "conv, one row at a time": Call(conv, images(32, 3, 64), singly=True),
+    "transformer, one row at a time": Call(
+        lambda: Encoder(32, 64), lambda: torch.randn(50, 12, 32), singly=True
+    ),
+    "tokens, one row at a time": Call(
+        Tokens, lambda: torch.randint(0, 100, (150, 32)), {"wrt": "embedding"}, singly=True
+    ),
+    "many small nodes, one row at a time": Call(
+        lambda: Cells(128, 100), lambda: torch.randn(2000, 128), singly=True
+    ),
     "mapped": Call(lenet, images(2000, 1, 32), mapped=(2000, 10, 1, 32, 32)),
 }  # fmt: skip
 
@@ -207,6 +234,8 @@ class Watched:
 def measure(call: Call, budget: int) -> dict[str, Any]:
     """Bytes above the level after a warm-up, if there is one, and bytes of the result."""
     torch.manual_seed(0)
+    if call.singly:
+        one_row_at_a_time(pytest.MonkeyPatch())
     f, x = call.function(), call.inputs()
     if call.cold:
         before = level("RssAnon")

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from batchjac import choose, cost
+from batchjac import choose, cost, pace
 from batchjac.capture import capture
 from batchjac.choose import Choice
 from batchjac.cost import Rates
 from batchjac.engines.sweep import Kernels
 from batchjac.job import Job, jobs
+from batchjac.pace import Pace
 from batchjac.problem import pose
 
 DEFAULTS: dict[str, Any] = {
@@ -29,6 +30,12 @@ def every_route(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "MARGIN", 0.0)
 
 
+def one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``mode="auto"`` predict that autograd's engine is faster, whatever the rows and nodes."""
+    always = lambda graph, seeds, other=0.0: Pace(2.0, 1.0) if seeds.rows else None  # noqa: E731
+    monkeypatch.setattr(pace, "singly", always)
+
+
 def planned(f: Any, x: Tensor, rates: Rates, **options: Any) -> Choice | None:
     """The choice for one output and one input."""
     problem = pose(f, x, **{**DEFAULTS, **options})
@@ -40,4 +47,4 @@ def planned(f: Any, x: Tensor, rates: Rates, **options: Any) -> Choice | None:
         return next(iter(job.choices.values()), None)
 
 
-__all__ = ["Job", "every_route", "planned"]
+__all__ = ["Job", "every_route", "one_row_at_a_time", "planned"]

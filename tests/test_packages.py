@@ -42,6 +42,7 @@ ORDER = (
     "engines",
     "independence",
     "choose",
+    "pace",
     "job",
     "verify",
     "coupling",

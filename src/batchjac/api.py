@@ -41,6 +41,9 @@ def jacobian(
             columns of it from the input up, ``"mixed"`` joins Jacobians at a tensor that every
             path passes. ``"auto"`` (default) predicts which is fastest on this machine, and says
             so in the log (level DEBUG); it stays with reverse unless another is clearly faster.
+            It also sends a few rows through many small nodes one at a time through autograd's own
+            engine, for all samples at once, where that is predicted to be clearly faster than all
+            rows together; the other modes never do.
         coupling: What to do when the output of one sample depends on another sample, as with
             batch normalisation in training: ``"error"``; ``"frozen"``, batch statistics held
             constant; ``"sum"``, the derivative of the sum over samples; ``"full"``,

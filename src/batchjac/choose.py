@@ -80,7 +80,7 @@ def choices(
     targets = {part: t for part, t in targets.items() if _entries(t.slot, t.shared)}
     if mode != "auto":
         return _choices(graph, root, targets, places, seeds, mode)
-    key = _question(graph, tuple(targets), seeds)
+    key = question(graph, tuple(targets), seeds)
     if key not in _left:
         found = _choices(graph, root, targets, places, seeds, mode)
         if any(choice.taken for choice in found.values()):
@@ -95,7 +95,7 @@ def choices(
 _left: dict[int, dict[Part, Forecast]] = {}
 
 
-def _question(graph: Graph, parts: tuple[Part, ...], seeds: Seeds) -> int:
+def question(graph: Graph, parts: tuple[Part, ...], seeds: Seeds) -> int:
     """What a plan depends on, but for how the nodes are wired: an old answer is at worst slow."""
     steps = tuple((step.name, step.shape) for step in graph.steps)
     return hash((steps, parts, seeds.width, seeds.output, threads()))

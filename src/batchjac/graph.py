@@ -82,7 +82,7 @@ def _signed(value: Any) -> Any:
 
 def metas(node: Any) -> tuple[Meta, ...]:
     """What flows into a node: one entry per output of the operation it differentiates."""
-    return tuple(Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
+    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:
@@ -110,13 +110,15 @@ def prune(roots: Sequence[Node], targets: Sequence[Slot]) -> Graph:
     known = {node: metas(node) for node in order if reaches[node]}
     steps = []
     for node in reversed(order):
-        if not reaches[node]:
+        if node not in known:
             continue
-        edges = tuple(
-            Edge(child, slot, known[child][slot]) if child is not None and reaches[child] else None
-            for child, slot in node.next_functions
-        )
-        steps.append(Step(node, node.name(), known[node], edges))
+        edges: list[Edge | None] = []
+        for child, slot in node.next_functions:
+            if child is None or child not in known:
+                edges.append(None)
+            else:
+                edges.append(Edge(child, slot, known[child][slot]))
+        steps.append(Step(node, node.name(), known[node], tuple(edges)))
     return Graph(tuple(steps), frozenset(targets))
 
 

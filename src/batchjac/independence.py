@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchjac.block import Block
-from batchjac.graph import Edge, Graph, Slot, Step
+from batchjac.graph import Graph, Slot, Step
 from batchjac.rules import registry
 from batchjac.samples import Place, SampleAxis
 from batchjac.stand_in import Seen, look, together, unseen
@@ -41,20 +41,35 @@ def prove(graph: Graph, y: Tensor) -> Proof:
     places: dict[Slot, Place] = {(y.grad_fn, y.output_nr): SampleAxis(0)}
     suspects = []
     for index, step in enumerate(graph.steps):
-        arrived = [places[s] for s in _slots(step) if s in places]
-        at = arrived[0] if arrived and all(a == arrived[0] for a in arrived) else None
+        at = _arrived(step, places)
         claims = _claims(step, at)
-        if isinstance(at, SampleAxis) and _loses(step.edges, claims):
-            suspects.append(index)
+        known = isinstance(at, SampleAxis)
+        lost = False
         for edge, claim in zip(step.edges, claims, strict=True):
             if edge is not None:
                 slot = (edge.node, edge.slot)
                 places[slot] = claim if places.get(slot, claim) == claim else None
+                lost = lost or (known and not isinstance(claim, SampleAxis))
+        if lost:
+            suspects.append(index)
     return Proof(places, tuple(suspects))
 
 
-def _slots(step: Step) -> list[Slot]:
-    return [(step.node, k) for k in range(len(step.outputs))]
+def _arrived(step: Step, places: Mapping[Slot, Place]) -> Place:
+    """Where the samples are in all outputs of a node that anything is known of, if in one place."""
+    at: Place = None
+    first = True
+    for k in range(len(step.outputs)):
+        place = places.get((step.node, k), _UNKNOWN)
+        if place is _UNKNOWN:
+            continue
+        if not first and place != at:
+            return None
+        at, first = place, False
+    return at
+
+
+_UNKNOWN = SampleAxis(-1)  # nothing arrived here
 
 
 def _claims(step: Step, at: Place) -> Sequence[Place]:
@@ -64,12 +79,6 @@ def _claims(step: Step, at: Place) -> Sequence[Place]:
     if rule is None or rule.samples is None:
         return [None] * len(step.edges)
     return rule.samples(step, at)
-
-
-def _loses(edges: Sequence[Edge | None], claims: Sequence[Place]) -> bool:
-    return any(
-        e is not None and not isinstance(c, SampleAxis) for e, c in zip(edges, claims, strict=True)
-    )
 
 
 Push = Callable[[Block], Mapping[Slot, Block]]

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from batchjac import choose, memory
+from batchjac import choose, memory, pace
 from batchjac.answer import Part, parts
 from batchjac.block import Block
 from batchjac.capture import Capture, Target
 from batchjac.choose import Choice, choices, decline
 from batchjac.engines.forward import NoForwardRule, NotFinite
 from batchjac.engines.mixed import NoRoute, Way
+from batchjac.engines.rows import in_engine_order, pull
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, Graph, Slot, hold, prune
 from batchjac.independence import Proof, frozen, probe, prove
+from batchjac.pace import Pace
 from batchjac.plain import unrounded
 from batchjac.problem import Problem
 from batchjac.route import held
@@ -165,7 +167,23 @@ class Job:
     @cached_property
     def choices(self) -> dict[Part, Choice]:
         """The goals that are not left to the plain walk, and the route to each."""
-        return {part: choice for part, choice in self.considered.items() if choice.taken}
+        considered = {} if self.singly else self.considered
+        return {part: choice for part, choice in considered.items() if choice.taken}
+
+    @cached_property
+    def singly(self) -> Pace | None:
+        """Why rows go one at a time through autograd's engine, if they do; None where they walk.
+
+        All samples have their row at once, so this too assumes that they are independent.
+        """
+        problem = self.problem
+        exact = problem.coupling != "frozen" and not problem.create_graph
+        own = bool(self.goals) and all(g.target.per_sample for g in self.goals)
+        if problem.mode != "auto" or self.root is None or not (exact and own):
+            return None
+        routes = [c.route.seconds for c in self.considered.values() if c.taken]
+        walked = len(routes) < len(self.goals) - len(self.unreached())
+        return pace.singly(self.graph, self.seeds, math.inf if walked else sum(routes))
 
     @property
     def plain(self) -> tuple[Goal, ...]:
@@ -179,6 +197,9 @@ class Job:
         Errors: ``NoRoute`` where a route was chosen that cannot be followed.
         """
         goals = self.goals
+        if not by_engine and self.singly:
+            self._one_by_one(sinks)
+            return
         if not by_engine and self.choices:
             goals = self.plain
             for goal in self.goals:
@@ -201,6 +222,22 @@ class Job:
         apart = goals if by_engine else shared
         self._push(sinks, rows, self.seeds, own, None, by_engine)
         self._push(sinks, rows, replace(self.seeds, across=True), apart, None, by_engine)
+
+    def _one_by_one(self, sinks: dict[Part, Sink]) -> None:
+        """Each row through autograd's engine, for all samples at once, into its place."""
+        edges = [goal.edge for goal in self.goals]
+        for row in range(self.seeds.rows):
+            cotangent = self.seeds.block(row, row + 1).full()[0]
+            try:
+                found = pull(self.y, edges, cotangent)
+            except Exception as error:  # the walk decides
+                if is_out_of_memory(error):
+                    raise
+                reason = f"autograd's engine failed ({type(error).__name__}: {error})"
+                raise NoRoute(reason, loud=True) from error
+            for goal, data in zip(self.goals, found, strict=True):
+                block = None if data is None else Block(data[None], tuple(data.shape))
+                self._put(sinks[goal.part], goal, block, self.seeds, row, 1)
 
     def _follow(self, sink: Sink, goal: Goal, choice: Choice, units: int) -> None:
         """One goal by its own route, ``units`` rows or columns at a time."""
@@ -294,11 +331,11 @@ def _zeros(target: Target, rows: int) -> Block:
 
 def need(work: Sequence[Job], samples: int) -> memory.Need:
     """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
-    whole = memory.need([job.graph for job in work], samples, shared(work))
+    whole = memory.need([_ordered(job, job.graph) for job in work], samples, shared(work))
     ways = [held(choice.route, choice.chain) for job in work for choice in job.choices.values()]
     if not ways:
         return whole
-    plain = [job.pruned(job.plain) for job in work if job.plain]
+    plain = [_ordered(job, job.pruned(job.plain)) for job in work if job.plain]
     walked = memory.need(plain, samples, shared(work))
     return memory.Need(
         whole.saved + max(w.kept for w in ways),
@@ -307,12 +344,34 @@ def need(work: Sequence[Job], samples: int) -> memory.Need:
     )
 
 
+def _ordered(job: Job, graph: Graph) -> Graph:
+    """The graph's steps as they are taken."""
+    return in_engine_order(graph) if job.singly else graph
+
+
 def units(work: Sequence[Job]) -> int:
-    """Rows of the longest walk, or columns where they are what is pushed."""
+    """Rows, or columns where they are what is pushed, that could go together."""
+    return width([job for job in work if not job.singly])
+
+
+def width(work: Sequence[Job]) -> int:
+    """Rows of the longest walk, or columns where they are what is pushed, however they go."""
     counts = [
         held(choice.route, choice.chain).units for job in work for choice in job.choices.values()
     ]
     return max([1, *counts, *(job.seeds.rows for job in work if job.plain)])
+
+
+def reasons(work: Sequence[Job]) -> tuple[str, ...]:
+    """In words how each Jacobian is reached, where more than plain reverse was thought of."""
+    found: list[str] = []
+    for job in work:
+        if job.singly:
+            found.append(job.singly.line())
+        else:
+            for choice in job.considered.values():
+                found += choice.forecast.lines(choice.taken)
+    return tuple(found) or ("plain reverse",)
 
 
 def shared(work: Sequence[Job]) -> set[Slot]:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,15 +215,23 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     row and sample.
     """
     steps = {step.node: step for graph in graphs for step in graph.steps}.values()
+    sizes = {(s.node, k): _size(meta) for s in steps for k, meta in enumerate(s.outputs)}
     saved = sum(
-        _size(meta)
+        sizes[step.node, k]
         for step in steps
-        if not VIEWS.fullmatch(step.name)
-        for k, meta in enumerate(step.outputs)
+        if not views(step.name)
+        for k in range(len(step.outputs))
         if (step.node, k) not in shared
     )
-    live = max((_live(g, samples, shared) for g in graphs), default=0)
-    widest = max((_size(meta) for step in steps for meta in step.outputs), default=0)
+    widest = max(sizes.values(), default=0)
+    for step in steps:  # of a part of a graph edges lead out
+        for e in step.edges:
+            if e is not None and (e.node, e.slot) not in sizes:
+                sizes[e.node, e.slot] = _size(e.meta)
+    for slot in shared:
+        if slot in sizes:
+            sizes[slot] *= samples
+    live = max((_live(g, sizes) for g in graphs), default=0)
     return Need(
         math.ceil(FORWARD * saved / samples),
         max(1, math.ceil(live / samples)),
@@ -231,24 +239,33 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     )
 
 
-def _live(graph: Graph, samples: int, shared: Collection[Slot]) -> int:
+@functools.cache
+def views(name: str) -> bool:
+    """Whether the output of this kind of node is a view of what it took."""
+    return VIEWS.fullmatch(name) is not None
+
+
+def _live(graph: Graph, sizes: Mapping[Slot, int]) -> int:
     """The most bytes of blocks at one moment of a walk, for one row."""
-
-    def size(slot: Slot, meta: Meta) -> int:
-        return _size(meta) * (samples if slot in shared else 1)
-
-    pending: dict[Slot, int] = {}
-    peak = 0
+    ends = {node for node, _ in graph.targets}
+    pending: set[Slot] = set()
+    waiting = peak = 0  # bytes of what is pending, and of targets that were reached
     for step in graph.steps:
-        slots = [(step.node, k) for k in range(len(step.outputs))]
-        own = {s: size(s, m) for s, m in zip(slots, step.outputs, strict=True)}
-        onward = {(e.node, e.slot): size((e.node, e.slot), e.meta) for e in step.edges if e}
-        waiting = sum(pending.values())
-        peak = max(peak, waiting + int(WALK * (sum(own.values()) + sum(onward.values()))))
-        for slot in slots:
-            if pending.pop(slot, None) is not None and slot in graph.targets:
-                pending[(step.node, -1 - slot[1])] = own[slot]
-        pending.update(onward)
+        node, before = step.node, waiting
+        mine = onward = 0
+        for k in range(len(step.outputs)):
+            slot = (node, k)
+            mine += sizes[slot]
+            if slot in pending:
+                pending.remove(slot)
+                if node not in ends or slot not in graph.targets:
+                    waiting -= sizes[slot]
+        for slot in {(e.node, e.slot) for e in step.edges if e is not None}:
+            onward += sizes[slot]
+            if slot not in pending:
+                pending.add(slot)
+                waiting += sizes[slot]
+        peak = max(peak, before + int(WALK * (mine + onward)))
     return peak
 
 
@@ -292,25 +309,26 @@ def first(
     """
     if module is None and told:
         return min(samples, 2)
-    each = sum(t.numel() * _growth(t, module) * t.element_size() for t in tensors) // samples
+    weights = None if module is None else _weights(module)
+    each = sum(t.numel() * _growth(t, weights) * t.element_size() for t in tensors) // samples
     parts = [t.nbytes / (FIRST if t.is_floating_point() else FIRST_OF_INDEX) for t in tensors]
-    widest = max((p.shape[0] * p.element_size() for p in _weights(module)), default=0)
+    widest = max((p.shape[0] * p.element_size() for p in weights or ()), default=0)
     times = max(sum(parts), samples * widest / BLOCK)
     few = samples if times <= 2 else int(samples / times)
     return max(min(samples, 2), min(samples, few, allowed // max(1, each)))
 
 
-def _growth(tensor: Tensor, module: nn.Module | None) -> int:
-    """Bytes that a forward holds for one byte of this input."""
-    if module is None:
+def _growth(tensor: Tensor, weights: Sequence[Tensor] | None) -> int:
+    """Bytes that a forward holds for one byte of this input; no weights of a mere function."""
+    if weights is None:
         return _GROWTH if tensor.is_floating_point() else _GROWTH_OF_INDEX
-    channels = sum(p.shape[0] for p in _weights(module))
+    channels = sum(p.shape[0] for p in weights)
     return max(_PER_CHANNEL * channels, 64)
 
 
-def _weights(module: nn.Module | None) -> list[Tensor]:
+def _weights(module: nn.Module) -> list[Tensor]:
     """What makes outputs of its first axis: the matrices and kernels of all layers."""
-    return [] if module is None else [p for p in module.parameters() if p.dim() > 1]
+    return [p for p in module.parameters() if p.dim() > 1]
 
 
 def chunk(need: Need, samples: int, rows: int, allowed: int, result: int, whole: bool) -> Chunk:

@@ -116,11 +116,11 @@ class Plan:
     """What a call did, and what the next one on the same function and shapes will do.
 
     ``samples`` of one forward and ``rows`` of one walk, of ``batch`` and ``width`` in all;
-    ``engine`` is ``"walk"`` or ``"rows"``; ``independence`` says how samples were seen to be apart;
-    ``kernels`` maps each kind of node to ``"rule"``, ``"vmap"`` or ``"rows"``. ``directions`` says
-    in words how each Jacobian is reached, where more than plain reverse was thought of. ``axes``
-    and ``prediction`` are there when it was made before the call, by ``batchjac.plan``;
-    ``mapped``: for a result in memory that the caller brings.
+    ``engine`` is ``"walk"``, or ``"rows"``, each by itself through autograd's own; ``independence``
+    says how samples were seen to be apart; ``kernels`` maps each kind of node to ``"rule"``,
+    ``"vmap"`` or ``"rows"``. ``directions`` says in words how each Jacobian is reached, where more
+    than plain reverse was thought of. ``axes`` and ``prediction`` are there when it was made before
+    the call, by ``batchjac.plan``; ``mapped``: for a result in memory that the caller brings.
     """
 
     samples: int

@@ -14,7 +14,7 @@ from batchjac.cost import Rates, Work
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import MismatchError
 from batchjac.graph import let_go, taken_apart
-from batchjac.job import Goal, Job, jobs, need, units
+from batchjac.job import Goal, Job, jobs, need, reasons, units, width
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
@@ -110,18 +110,19 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
     each, result = need(work, captured.samples), 0 if mapped else results
     whole = problem.coupling != "error"
     chunk = memory.chunk(each, n, units(work), allowed, result, whole)
-    considered = [choice for job in work for choice in job.considered.values()]
+    singly = all(job.singly for job in work)
     for job in work:
+        if job.singly:
+            continue
         for step in job.graph.steps:
             if any(step.edges):
                 kernels.took(step.name, "vmap" if registry.find(step) is None else "rule")
     used = chunk.samples * (each.saved + chunk.rows * each.live)
     return Plan(
-        samples=chunk.samples, batch=n, rows=chunk.rows, width=units(work),
-        engine="rows" if captured.hooked else "walk",
+        samples=chunk.samples, batch=n, rows=chunk.rows, width=width(work),
+        engine="rows" if captured.hooked or singly else "walk",
         independence=_independence(problem, work), kernels=kernels.ways,
-        directions=tuple(line for c in considered for line in c.forecast.lines(c.taken))
-        or ("plain reverse",),
+        directions=reasons(work),
         axes=tuple(_axes(problem, job, goal, captured) for job, goal in goals),
         # hooks see one row of one sample at a time, whose time nobody knows
         prediction=None if captured.hooked
@@ -168,7 +169,11 @@ def _prediction(
         width = job.seeds.rows
         once = cost.seconds(nodes, 1, n, rates)
         naive += width * once
-        if job.plain:
+        if job.singly:
+            seconds += n / captured * job.singly.engine
+            operations += round(n * width * _multiply_adds(nodes))
+            rows += width
+        elif job.plain:
             left = [c.forecast.plain for c in job.considered.values() if not c.taken]
             walked = n / captured * max(left) if left else cost.seconds(nodes, width, n, rates)
             seconds += walked

@@ -7,7 +7,7 @@ independence of the samples is probed instead of proved.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def broadcast(at: SampleAxis, result: Sequence[int], operand: Sequence[int]) -> 
     dim = at.dim - (len(result) - len(operand))
     if dim < 0 or (operand[dim] == 1 and result[at.dim] != 1):
         return SHARED
-    return replace(at, dim=dim)
+    return moved(at, dim)
 
 
 def moved(at: SampleAxis, dim: int) -> SampleAxis:
     """The same axis at another position."""
-    return replace(at, dim=dim)
+    return at if dim == at.dim else SampleAxis(dim, at.outer, at.inner)

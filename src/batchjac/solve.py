@@ -26,9 +26,9 @@ from batchjac.errors import (
 )
 from batchjac.graph import let_go, taken_apart
 from batchjac.independence import prove
-from batchjac.job import Goal, Job, jobs, need, shared, units
+from batchjac.job import Goal, Job, jobs, need, reasons, shared, units, width
 from batchjac.memory import Chunk
-from batchjac.plan import Forecast, Plan
+from batchjac.plan import Plan
 from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.solution import Solution, kept
@@ -112,7 +112,8 @@ class _Run:
     rows: int = 0  # of the last walk
     width: int = 1  # rows of one sample
     need: memory.Need | None = None  # of the present capture
-    forecasts: list[tuple[Forecast, bool]] = field(default_factory=list)
+    directions: tuple[str, ...] = ()
+    singly: bool = False  # every row by itself through autograd, since that is faster
     compared: coupling.Values = field(init=False)
 
     def __post_init__(self) -> None:
@@ -209,8 +210,8 @@ class _Run:
             self.problem = without_routes(self.problem, "hooks on gradients")
             self.by_engine = True
         work = jobs(self.problem, captured, samples, self.kernels)
-        self.forecasts = [(c.forecast, c.taken) for job in work for c in job.considered.values()]
-        self.width = units(work)
+        self.directions, self.width = reasons(work), width(work)
+        self.singly = all(job.singly for job in work)
         here = self.chunk
         first = not self.sinks
         if first:
@@ -386,8 +387,7 @@ class _Run:
         n, width = self.problem.samples, max((s.rows for s in self.sinks.values()), default=0)
         return Plan(
             samples=min(self.chunk.samples, n), batch=n, rows=min(self.rows, width), width=width,
-            engine="rows" if self.by_engine else "walk", independence=self.independence,
-            kernels=self.kernels.ways,
-            directions=tuple(line for f, taken in self.forecasts for line in f.lines(taken))
-            or ("plain reverse",),
+            engine="rows" if self.by_engine or self.singly else "walk",
+            independence=self.independence, kernels=self.kernels.ways,
+            directions=self.directions,
         )  # fmt: skip

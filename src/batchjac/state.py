@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,10 @@ class _Parameter:
             return True
         if p.is_meta:  # shapes alone, of which a plan is made
             return False
-        return not torch.equal(_total(p.detach()).nan_to_num(), self.total.nan_to_num())
+        now = _total(p.detach())
+        if torch.equal(now, self.total):
+            return False
+        return not torch.equal(now.nan_to_num(), self.total.nan_to_num())
 
 
 def _total(data: Tensor) -> Tensor:
@@ -161,11 +164,12 @@ class _Before:
                         held.pop(table, None)
                 self.attributes[child] = held
                 self._contents(held)
-        refuse_lazy(module)
-        for buffer in module.buffers():
+        parameters, buffers = list(module.named_parameters()), list(module.named_buffers())
+        _refuse_lazy(module, [*parameters, *buffers])
+        for _, buffer in buffers:
             if buffer not in self.buffers and not buffer.is_meta:
                 self.buffers[buffer] = buffer.detach().clone()
-        for name, p in module.named_parameters():
+        for name, p in parameters:
             if p not in self.parameters:
                 self.parameters[p] = _Parameter.of(name, p)
 
@@ -185,17 +189,19 @@ class _Before:
 
     def _contents(self, held: Any) -> None:
         """Copy the containers among these values, and those inside them."""
-        for value in list(held.values() if isinstance(held, dict) else held):
+        for value in held.values() if isinstance(held, dict) else held:
             if type(value) in _CONTAINERS and id(value) not in self.contents:
-                self.contents[id(value)] = (value, value.copy())
-                self._contents(value)
+                # most are empty: the tables of hooks of every module
+                self.contents[id(value)] = (value, value.copy() if value else ())
+                if value:
+                    self._contents(value)
 
     def restore(self) -> None:
         """Put everything back but the values of parameters."""
         for owner, held in self.attributes.items():
             _restore(owner, held)
         for container, before in self.contents.values():
-            if container or before:  # most are empty: the tables of hooks of every module
+            if container or before:
                 _refill(container, before)
         for (child, kind, name), (old, new) in self.replaced.items():
             table = vars(child)[kind]
@@ -222,7 +228,11 @@ class _Before:
 
 def refuse_lazy(module: nn.Module) -> None:
     """Refuse a module whose parameters or buffers wait for a first batch."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    _refuse_lazy(module, [*module.named_parameters(), *module.named_buffers()])
+
+
+def _refuse_lazy(module: nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in named:
         if nn.parameter.is_lazy(tensor):
             raise StateError(
                 f"{name!r} of {type(module).__name__} has no shape yet; call the module once on a "

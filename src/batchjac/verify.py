@@ -41,17 +41,17 @@ def signature(job: Job) -> int:
     What samples share is computed by other rules with one sample, or with each sample by itself.
     """
     index = {step.node: k for k, step in enumerate(job.graph.steps)}
-    steps = tuple(
-        (
-            *(s.name, s.outputs[0].dtype, len(s.shape), job.kernels.ways.get(s.name)),
-            *(None if e is None else (index[e.node], e.slot) for e in s.edges),
-        )
-        for s in job.graph.steps
-    )
+    ways = job.kernels.ways
+    steps: list[Any] = []  # flat: one tuple for each of thousands of nodes costs more than this
+    for s in job.graph.steps:
+        steps += (s.name, s.outputs[0].dtype, len(s.shape), ways.get(s.name), len(s.edges))
+        for e in s.edges:
+            steps += (None, None) if e is None else (index[e.node], e.slot)
     goals = tuple((*g.part, g.target.per_sample) for g in job.goals)
     apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
-    return hash((steps, routes, goals, apart, job.problem.coupling, job.problem.create_graph))
+    how = (routes, job.singly is not None, apart, job.problem.coupling, job.problem.create_graph)
+    return hash((tuple(steps), goals, how))
 
 
 def vmap_agrees(problem: Problem) -> bool:

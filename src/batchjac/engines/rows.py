@@ -3,14 +3,17 @@
 Law: it *is* what the walk must equal. It is the last resort when a walk and autograd disagree.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from batchjac.block import Block, dense
-from batchjac.graph import Slot
+from batchjac.graph import Graph, Slot, Step
 
 
 def pull(
@@ -43,3 +46,28 @@ def rows(
             data = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
             blocks[(edge.node, edge.output_nr)] = Block(data, tuple(like.shape))
     return blocks
+
+
+def in_engine_order(graph: Graph) -> Graph:
+    """The same steps as autograd's engine takes them: of those that are ready the newest first."""
+    waits = Counter(e.node for step in graph.steps for e in step.edges if e is not None)
+    order = {step.node: k for k, step in enumerate(graph.steps)}
+    ready = [_entry(step, k) for k, step in enumerate(graph.steps) if not waits[step.node]]
+    heapq.heapify(ready)
+
+    def steps() -> Iterator[Step]:
+        while ready:
+            step = graph.steps[heapq.heappop(ready)[1]]
+            yield step
+            for edge in step.edges:
+                if edge is not None:
+                    waits[edge.node] -= 1
+                    if not waits[edge.node]:
+                        k = order[edge.node]
+                        heapq.heappush(ready, _entry(graph.steps[k], k))
+
+    return replace(graph, steps=tuple(steps()))
+
+
+def _entry(step: Step, place: int) -> tuple[int, int]:
+    return -step.node._sequence_nr(), place

@@ -62,14 +62,17 @@ def walk(
     """
     pending: dict[Slot, Block] = dict(seeds)
     found: dict[Slot, Block] = {}
+    ends = {node for node, _ in graph.targets}
+    # a graph may have thousands of small nodes, for which every line here counts
     with torch.set_grad_enabled(create_graph):
         for step in graph.steps:
-            slots = [(step.node, k) for k in range(len(step.outputs))]
-            blocks = [pending.pop(slot, None) for slot in slots]
-            for k, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
-                if slot in graph.targets and block is not None:
-                    found[slot] = blocks[k] = block.owned_if(False)
-            if not any(step.edges) or not any(b is not None for b in blocks):
+            node = step.node
+            blocks = [pending.pop((node, k), None) for k in range(len(step.outputs))]
+            if node in ends:
+                for k, block in enumerate(blocks):
+                    if block is not None and (node, k) in graph.targets:
+                        found[node, k] = blocks[k] = block.owned_if(False)
+            if not any(step.edges) or all(map(_none, blocks)):
                 continue
             rule = registry.find(step)
             if not create_graph and _added(step, rule, blocks, pending):
@@ -77,9 +80,15 @@ def walk(
             gradients = _through(step, rule, blocks, kernels, places)
             del blocks
             for k, edge in enumerate(step.edges):
-                if edge is not None and gradients[k] is not None:
-                    _arrive(pending, edge, gradients[k])
+                if edge is not None:
+                    gradient = gradients[k]
+                    if gradient is not None:
+                        _arrive(pending, edge, gradient)
     return found
+
+
+def _none(block: Block | None) -> bool:
+    return block is None
 
 
 def _added(
@@ -114,11 +123,12 @@ def _lent(blocks: Blocks) -> Blocks:
     return [b and b.owned_if(False) for b in blocks]
 
 
-def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block | None) -> None:
+def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block) -> None:
     """What the autograd engine does between two nodes: sum to shape, cast, accumulate."""
-    assert block is not None
     slot = (edge.node, edge.slot)
-    block = block.sum_to(edge.shape).to(edge.meta.dtype)
+    if block.shape != edge.meta.shape:
+        block = block.sum_to(edge.meta.shape)
+    block = block.to(edge.meta.dtype)
     before = pending.get(slot)
     pending[slot] = block if before is None else before.plus(block)
 

@@ -29,10 +29,10 @@ SMOOTH = (
     "LogBackward0", "LogSigmoidBackward0", "LogitBackward0", "MishBackward0",
     "NanToNumBackward0", "NativeDropoutBackward0", "Rad2DegBackward0",
     "ReciprocalBackward0", "RreluWithNoiseBackward0", "RreluWithNoiseBackward1", "RsqrtBackward0",
-    "SigmoidBackward0", "SiluBackward0", "SinBackward0", "SincBackward0", "SinhBackward0",
+    "SiluBackward0", "SinBackward0", "SincBackward0", "SinhBackward0",
     "SoftplusBackward0", "SpecialEntrBackward0", "SpecialErfcxBackward0", "SpecialI0EBackward0",
     "SpecialI1Backward0", "SpecialI1EBackward0", "SpecialLogNdtrBackward0",
-    "SpecialNdtriBackward0", "SqrtBackward0", "TanBackward0", "TanhBackward0",
+    "SpecialNdtriBackward0", "SqrtBackward0", "TanBackward0",
     # two or three
     "AddcdivBackward0", "Atan2Backward0", "CopysignBackward0", "CopysignBackward1",
     "FmodBackward1", "HypotBackward0", "LerpBackward1", "Logaddexp2Backward0",
@@ -76,9 +76,12 @@ def wide(tensor: Tensor, dims: int) -> Tensor:
 
     One without axes stays so: torch promotes dtypes differently for those.
     """
-    if tensor.dim() == 0:
+    have = tensor.dim()
+    if have == 0:
         return tensor
-    return tensor.reshape((1,) * (1 + dims - tensor.dim()) + tuple(tensor.shape))
+    if have == dims:
+        return tensor.unsqueeze(0)
+    return tensor.reshape((1,) * (1 + dims - have) + tuple(tensor.shape))
 
 
 def times(block: Block, factor: Tensor) -> Block:
@@ -190,6 +193,27 @@ def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
         aten.threshold_backward.grad_input(g.data, y, 0, grad_input=g.data)
         return [g]
     return [g.with_data(aten.threshold_backward(open_last(g), y, 0))]
+
+
+# The derivative in one operation, from the result: a recurrent network is made of these.
+OF_RESULT: dict[str, tuple[Any, Any]] = {
+    "SigmoidBackward0": (aten.sigmoid_backward, aten.sigmoid_backward.grad_input),
+    "TanhBackward0": (aten.tanh_backward, aten.tanh_backward.grad_input),
+}
+
+
+@entrywise(*OF_RESULT, fresh=True)
+def of_result(step: Step, blocks: Blocks) -> Any:
+    """``g[v n] f'(x)[n]`` with ``f' = y (1 - y)`` or ``1 - y^2``."""
+    g = only(blocks)
+    if torch.is_grad_enabled() or g.data.is_complex() or real_within_complex(step):
+        return smooth(step, blocks)
+    backward, into = OF_RESULT[step.name]
+    y = alike(wide(step.saved("result"), len(g.shape)), g.data)
+    if g.writable and y.dtype == g.data.dtype:
+        into(g.data, y, grad_input=g.data)
+        return [g]
+    return [g.with_data(backward(open_last(g), y))]
 
 
 @rule(*GATES, samples=elementwise, fresh=True)

@@ -157,4 +157,7 @@ def only(step: Step, blocks: Blocks) -> tuple[Block, Edge]:
 def elementwise(step: Step, at: SampleAxis) -> list[Place]:
     """Sample places of a node whose every edge is broadcast to its output, entry by entry."""
     shape = step.outputs[0].shape
-    return [None if e is None else broadcast(at, shape, e.shape) for e in step.edges]
+    return [
+        None if e is None else at if e.meta.shape == shape else broadcast(at, shape, e.meta.shape)
+        for e in step.edges
+    ]
