@@ -21,6 +21,7 @@ def jacobian(
     max_memory: int | str | None = None,
     out: Any = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> Any:
     """The derivative of every output of every sample by that sample's own input.
 
@@ -99,7 +100,7 @@ def jacobian(
     """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
-        create_graph=create_graph, batched=batched,
+        create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
     return solve(problem, max_memory, out).jacobian
 
@@ -117,6 +118,7 @@ def value_and_jacobian(
     max_memory: int | str | None = None,
     out: Any = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> tuple[Any, Any]:
     """The function's value and the derivative of every output by its sample's own input.
 
@@ -139,7 +141,7 @@ def value_and_jacobian(
     """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
-        create_graph=create_graph, batched=batched,
+        create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
     solution = solve(problem, max_memory, out, valued=True)
     return solution.value(), solution.jacobian
@@ -157,6 +159,7 @@ def plan(
     create_graph: bool = False,
     max_memory: int | str | None = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> Planned:
     """How the derivative of every output by its sample's own input would be computed.
 
@@ -190,7 +193,7 @@ def plan(
     """
     options = {
         "wrt": wrt, "of": of, "outputs": outputs, "mode": mode, "coupling": coupling,
-        "create_graph": create_graph, "batched": batched,
+        "create_graph": create_graph, "batched": batched, "compile": compile,
     }  # fmt: skip
     problem = pose(f, inputs, **options)
     return Planned(sketch(problem, max_memory), f, options, max_memory, kinds(problem.tree))

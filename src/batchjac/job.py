@@ -17,7 +17,7 @@ from batchjac.choose import Choice, choices, decline
 from batchjac.engines.forward import NoForwardRule, NotFinite
 from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import rows as engine_rows
-from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
+from batchjac.engines.sweep import Kernels, NotPerSample, Walk, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, Graph, Slot, hold, prune
 from batchjac.independence import Proof, frozen, probe, prove
@@ -66,6 +66,7 @@ class Job:
     goals: tuple[Goal, ...]
     inputs: tuple[Slot, ...]
     kernels: Kernels
+    walk: Walk = walk  # of the rows of the answer
 
     @cached_property
     def seeds(self) -> Seeds:
@@ -206,7 +207,7 @@ class Job:
         """One goal by its own route, ``units`` rows or columns at a time."""
         way = Way(
             self.graph, choice.cuts, self.seeds, self.kernels, choice.places, choice.chain,
-            units * held(choice.route, choice.chain).live, self.problem.create_graph,
+            units * held(choice.route, choice.chain).live, self.problem.create_graph, self.walk,
         )  # fmt: skip
         inner = goal.target.shape[1:] if goal.target.per_sample else goal.target.shape
         try:
@@ -263,7 +264,7 @@ class Job:
                 found = engine_rows(self.y, [g.edge for g in goals], block, create_graph)
             elif self.root is not None:
                 places = proof.places if proof else None
-                found = walk(graph, {self.root: block}, self.kernels, places, create_graph)
+                found = self.walk(graph, {self.root: block}, self.kernels, places, create_graph)
             for goal in goals:
                 self._put(sinks[goal.part], goal, found.get(goal.slot), seeds, start, block.rows)
 
@@ -326,7 +327,9 @@ def shared(work: Sequence[Job]) -> set[Slot]:
     }
 
 
-def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
+def jobs(
+    problem: Problem, captured: Capture, samples: slice, kernels: Kernels, walk: Walk = walk
+) -> list[Job]:
     """One job for each differentiable output."""
     if captured.nodes > DEEP and not problem.create_graph:  # a history is for the caller to free
         hold([y.grad_fn for y in captured.outputs.values() if y.grad_fn is not None])
@@ -336,6 +339,6 @@ def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) 
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels, walk)
         for k, goals in found.items()
     ]

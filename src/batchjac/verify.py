@@ -51,7 +51,8 @@ def signature(job: Job) -> int:
     goals = tuple((*g.part, g.target.per_sample) for g in job.goals)
     apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
-    return hash((steps, routes, goals, apart, job.problem.coupling, job.problem.create_graph))
+    asked = (job.problem.coupling, job.problem.create_graph, job.problem.compiler)
+    return hash((steps, routes, goals, apart, *asked))
 
 
 def vmap_agrees(problem: Problem) -> bool:
