@@ -296,6 +296,9 @@ def _zeros(target: Target, rows: int) -> Block:
 def need(work: Sequence[Job], samples: int) -> memory.Need:
     """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
     whole = memory.need([job.graph for job in work], samples, shared(work))
+    if any(job.problem.compiler for job in work):
+        # what rules derive from what was saved is there all at once, and sums are not in place
+        whole = replace(whole, saved=2 * whole.saved, live=2 * whole.live)
     ways = [held(choice.route, choice.chain) for job in work for choice in job.choices.values()]
     if not ways:
         return whole

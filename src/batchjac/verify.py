@@ -51,8 +51,7 @@ def signature(job: Job) -> int:
     goals = tuple((*g.part, g.target.per_sample) for g in job.goals)
     apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
-    asked = (job.problem.coupling, job.problem.create_graph, job.problem.compiler)
-    return hash((steps, routes, goals, apart, *asked))
+    return hash((steps, routes, goals, apart, job.problem.coupling, job.problem.create_graph))
 
 
 def vmap_agrees(problem: Problem) -> bool:

@@ -10,11 +10,13 @@ fastest of the three is what later calls take. What cannot be compiled is walked
 """
 
 import logging
+import math
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +24,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.engines.sweep import Kernels, Places, walk
-from batchjac.engines.trace import (
-    Noted,
-    Read,
-    Refused,
-    Seeds,
-    arguments,
-    note,
-    refuse,
-    signature,
-    write,
-)
-from batchjac.errors import is_out_of_memory
+from batchjac.engines.trace import Noted, Read, Refused, Task
 from batchjac.graph import Graph, Slot
 
 log = logging.getLogger("batchjac")
@@ -53,10 +44,10 @@ Replay = Callable[..., Any]
 class _Compiled:
     """What is known about one kind of walk; ``replay`` is None where it is walked as it is."""
 
-    reads: tuple[Read, ...]
-    found: tuple[tuple[int, int, tuple[int, ...]], ...]  # step, output and shape of each target
-    ways: dict[str, str]
-    replay: Replay | None
+    reads: tuple[Read, ...] = ()
+    found: tuple[tuple[int, int, tuple[int, ...]], ...] = ()  # step, output, shape of each target
+    ways: Mapping[str, str] = field(default_factory=dict)  # of the nodes
+    replay: Replay | None = None
     way: str = ""
     refused: str = ""
 
@@ -102,7 +93,7 @@ class Compiler:
     def walk(
         self,
         graph: Graph,
-        seeds: Seeds,
+        seeds: Mapping[Slot, Block],
         kernels: Kernels,
         places: Places | None = None,
         create_graph: bool = False,
@@ -114,92 +105,71 @@ class Compiler:
             self.refused.add("create_graph=True: the walk must leave its own history")
             return walk(graph, seeds, kernels, places, create_graph)
         with torch.no_grad():
-            key = (*_settings(self.backend), *signature(graph, seeds, places))
-            known = _remembered(key)
-            try:
-                for one in known or ():
-                    given = arguments(one.reads, graph, seeds)
-                    if given is not None:
-                        return self._again(one, given, graph, seeds, kernels, places)
-            except Refused as error:
-                self.refused.add(str(error))
-                return walk(graph, seeds, kernels, places)
-            if known is None and self.patient:
-                _remember(key, None)
-                self.ways["as it is, until it is met again"] += 1
-                return walk(graph, seeds, kernels, places)
-            return self._first(key, graph, seeds, kernels, places)
+            return self._compiled(Task(graph, seeds, places), kernels)
+
+    def _compiled(self, task: Task, kernels: Kernels) -> dict[Slot, Block]:
+        key = (self.backend, *_settings(), *task.signature)
+        known = _remembered(key)
+        for one in known or ():
+            given = task.arguments(one.reads)
+            if given is not None:
+                return self._again(one, given, task, kernels)
+        if known is None and self.patient:
+            _remember(key)
+            self.ways["as it is, until it is met again"] += 1
+            return task.walk(kernels)
+        return self._first(key, task, kernels)
 
     def _again(
-        self,
-        one: _Compiled,
-        given: list[Tensor],
-        graph: Graph,
-        seeds: Seeds,
-        kernels: Kernels,
-        places: Places | None,
+        self, one: _Compiled, given: list[Tensor], task: Task, kernels: Kernels
     ) -> dict[Slot, Block]:
+        """A walk of a kind that is known."""
+        self._count(one)
+        if one.replay is None:
+            return task.walk(kernels)
+        for name, way in one.ways.items():
+            kernels.took(name, way)
+        return {
+            (task.graph.steps[step].node, k): Block(data, shape)
+            for (step, k, shape), data in zip(one.found, one.replay(*given), strict=True)
+        }
+
+    def _first(self, key: Any, task: Task, kernels: Kernels) -> dict[Slot, Block]:
+        """Walk, and have the same compiled for the next time."""
+        try:
+            task.refuse()
+            noted = task.note()
+        except Refused as error:
+            made = _Compiled(refused=str(error))
+            _remember(key, made)
+            self._count(made)
+            return task.walk(kernels)
+        for name, way in noted.kernels.ways.items():
+            kernels.took(name, way)
+        found = tuple((task.index[n], k, block.shape) for (n, k), block in noted.found.items())
+        made = _Compiled(noted.reads, found, noted.kernels.ways)
+        try:
+            assert self.backend is not None
+            way, replay = _fastest(task, noted, _candidates(task, noted, self.backend))
+            made = replace(made, way=way, replay=replay)
+        except Refused as error:
+            made = replace(made, refused=str(error))
+        except Exception as error:  # whatever a tracer or a compiler raises: the walk is done
+            made = replace(made, refused=_brief(error))
+        _remember(key, made)
+        self._count(made)
+        return noted.found
+
+    def _count(self, one: _Compiled) -> None:
         if one.refused:
             self.refused.add(one.refused)
         else:
             self.ways[one.way] += 1
-        if one.replay is None:
-            return walk(graph, seeds, kernels, places)
-        for name, way in one.ways.items():
-            kernels.took(name, way)
-        return {
-            (graph.steps[step].node, k): Block(data, shape)
-            for (step, k, shape), data in zip(one.found, one.replay(*given), strict=True)
-        }
-
-    def _first(
-        self,
-        key: Any,
-        graph: Graph,
-        seeds: Seeds,
-        kernels: Kernels,
-        places: Places | None,
-    ) -> dict[Slot, Block]:
-        """Walk, and have the same compiled for the next time."""
-        noted = None
-        try:
-            refuse(graph)
-            noted = note(graph, seeds, places)
-            assert self.backend is not None
-            candidates = _candidates(noted, graph, seeds, places, self.backend)
-            way, replay = _fastest(noted, candidates, graph, seeds, places)
-            made = _made(noted, graph, replay, way)
-        except Exception as error:  # whatever a tracer or a compiler raises: the walk as it is
-            if (noted is None and not isinstance(error, Refused)) or is_out_of_memory(error):
-                raise
-            reason = str(error) if isinstance(error, Refused) else _brief(error)
-            made = _made(noted, graph, None, refused=reason)
-        _remember(key, made)
-        if made.refused:
-            self.refused.add(made.refused)
-        else:
-            self.ways[made.way] += 1
-        if noted is None:
-            return walk(graph, seeds, kernels, places)
-        for name, way in noted.kernels.ways.items():
-            kernels.took(name, way)
-        return noted.found
 
 
-def _made(
-    noted: Noted | None, graph: Graph, replay: Replay | None, way: str = "", refused: str = ""
-) -> _Compiled:
-    if noted is None:
-        return _Compiled((), (), {}, None, way, refused)
-    index = {step.node: k for k, step in enumerate(graph.steps)}
-    found = tuple((index[node], k, block.shape) for (node, k), block in noted.found.items())
-    return _Compiled(noted.reads, found, noted.kernels.ways, replay, way, refused)
-
-
-def _settings(backend: str) -> tuple[Any, ...]:
+def _settings() -> tuple[Any, ...]:
     """What a compiled walk depends on beside the graph."""
     return (
-        backend,
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
@@ -214,11 +184,10 @@ def _remembered(key: Any) -> list[_Compiled] | None:
     return known
 
 
-def _remember(key: Any, made: _Compiled | None) -> None:
+def _remember(key: Any, *made: _Compiled) -> None:
     known = _known.setdefault(key, [])
-    if made is not None:
-        known.append(made)
-        del known[:-_EACH]
+    known.extend(made)
+    del known[:-_EACH]
     while len(_known) > _MOST:
         _known.popitem(last=False)
 
@@ -229,55 +198,43 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {said[:200]}"
 
 
-def _candidates(
-    noted: Noted, graph: Graph, seeds: Seeds, places: Places | None, backend: str
-) -> dict[str, Replay]:
+def _candidates(task: Task, noted: Noted, backend: str) -> dict[str, Replay]:
+    """The compiled walk, and what was written down for the compiler run as it stands."""
     with warnings.catch_warnings():
         # torch's tracers and compilers warn of their own age and settings; the walk is ours
         warnings.simplefilter("ignore")
-        module = write(graph, seeds, places, noted)
-        # as torch.compile calls it, but for the tracing, which is done
         from torch._dynamo import lookup_backend
 
-        compiled = lookup_backend(backend)(module, [t.detach() for t in noted.tensors])
-        compiled(*noted.tensors)  # some compile at their first call
+        module = task.write(noted)
+        given = [tensor.detach() for tensor in noted.tensors]
+        compiled = lookup_backend(backend)(module, given)  # as torch.compile hands it on
+        compiled(*given)  # some compile at their first call
     return {f"by {backend}": compiled, "replayed without a compiler": module.forward}
 
 
-def _fastest(
-    noted: Noted,
-    candidates: dict[str, Replay],
-    graph: Graph,
-    seeds: Seeds,
-    places: Places | None,
-) -> tuple[str, Replay | None]:
+def _fastest(task: Task, noted: Noted, candidates: dict[str, Replay]) -> tuple[str, Replay | None]:
     """Of those that agree with the walk, the fastest; None for the walk itself."""
-    right = {way: run for way, run in candidates.items() if _agrees(noted, run)}
-    if len(right) < len(candidates):
-        wrong = ", ".join(candidates.keys() - right.keys())
-        raise Refused(f"the walk {wrong} differs from the walk")
+    wrong = [way for way, run in candidates.items() if not _agrees(noted, run)]
+    if wrong:
+        raise Refused(f"the walk {' and '.join(wrong)} differs from the walk")
 
     def replay(run: Replay) -> None:
-        run(*(arguments(noted.reads, graph, seeds) or ()))
+        run(*(task.arguments(noted.reads) or ()))
 
-    def plain() -> None:
-        walk(graph, seeds, Kernels(), places)
-
-    times = dict.fromkeys(right, float("inf"))
-    usual = float("inf")
+    times, usual = dict.fromkeys(candidates, math.inf), math.inf
     for _ in range(3):
-        usual = min(usual, _seconds(plain, noted))
-        for way, run in right.items():
-            times[way] = min(times[way], _seconds(lambda run=run: replay(run), noted))
+        usual = min(usual, _seconds(lambda: task.walk(Kernels()), noted))
+        for way, run in candidates.items():
+            times[way] = min(times[way], _seconds(partial(replay, run), noted))
         if usual > _LONG:
             break
     best = min(times, key=times.__getitem__)
     if times[best] < _MARGIN * usual:
-        return best, right[best]
+        return best, candidates[best]
     return "as it is, which measured fastest", None
 
 
-def _seconds(act: Callable[[], None], noted: Noted) -> float:
+def _seconds(act: Callable[[], Any], noted: Noted) -> float:
     devices = {t.device for t in noted.tensors if t.device.type == "cuda"}
     start = time.perf_counter()
     act()

@@ -10,11 +10,13 @@ which must be equal before it is used again.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.fx import GraphModule
 
 from batchjac.block import Block
 from batchjac.engines.sweep import Kernels, Places, walk
@@ -23,7 +25,6 @@ from batchjac.graph import Graph, Slot, Step
 _LONGEST = 1_000  # steps: a compiler takes minutes over more
 
 Get = Callable[[Step], Any]
-Seeds = Mapping[Slot, Block]
 
 
 class Refused(Exception):
@@ -37,7 +38,7 @@ class Read:
     step: int
     name: str
     get: Get
-    value: Any
+    described: Any
 
 
 @dataclass(frozen=True)
@@ -80,25 +81,6 @@ def _watched(graph: Graph, reader: Callable[[int, str, Get], Any]) -> Graph:
     return Graph(tuple(of(k, step) for k, step in enumerate(graph.steps)), graph.targets)
 
 
-def signature(graph: Graph, seeds: Seeds, places: Places | None) -> tuple[Any, ...]:
-    """Nodes, edges, shapes, seeds and sample axes of a walk: all but what rules will read."""
-    index = {step.node: k for k, step in enumerate(graph.steps)}
-
-    def slot(node: Any, k: int) -> tuple[int, int]:
-        return index.setdefault(node, len(index)), k
-
-    steps = tuple(
-        (
-            *(step.name, type(step.node), step.outputs),
-            tuple(e and (*slot(e.node, e.slot), e.meta) for e in step.edges),
-            places and tuple(places.get((step.node, k)) for k in range(len(step.outputs))),
-        )
-        for step in graph.steps
-    )
-    rows = tuple((*slot(*s), describe(block.data, []), block.shape) for s, block in seeds.items())
-    return steps, rows, frozenset(slot(*target) for target in graph.targets)
-
-
 def describe(value: Any, tensors: list[Tensor]) -> Any:
     """All of a value but the numbers in its tensors, which are appended to ``tensors``."""
     if isinstance(value, Tensor):
@@ -118,75 +100,117 @@ def describe(value: Any, tensors: list[Tensor]) -> Any:
     raise Refused(f"a rule reads a value of the kind {type(value).__name__}")
 
 
-def arguments(reads: Sequence[Read], graph: Graph, seeds: Seeds) -> list[Tensor] | None:
-    """The tensors to replay with; None where something else is read than was written down."""
-    tensors = [block.data for block in seeds.values()]
-    for read in reads:
-        if describe(read.get(graph.steps[read.step]), tensors) != read.value:
+@dataclass(frozen=True)
+class Task:
+    """A walk to be done: the arguments of ``sweep.walk`` that say what it computes."""
+
+    graph: Graph
+    seeds: Mapping[Slot, Block]
+    places: Places | None
+
+    def walk(self, kernels: Kernels) -> dict[Slot, Block]:
+        """Do it."""
+        return walk(self.graph, self.seeds, kernels, self.places)
+
+    @cached_property
+    def index(self) -> dict[Any, int]:
+        """Where each node is among the steps."""
+        return {step.node: k for k, step in enumerate(self.graph.steps)}
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Nodes, edges, shapes, seeds and sample axes: all but what rules will read."""
+        index, places = dict(self.index), self.places
+
+        def slot(node: Any, k: int) -> tuple[int, int]:
+            return index.setdefault(node, len(index)), k
+
+        steps = tuple(
+            (
+                *(step.name, type(step.node), step.outputs),
+                tuple(e and (*slot(e.node, e.slot), e.meta) for e in step.edges),
+                places and tuple(places.get((step.node, k)) for k in range(len(step.outputs))),
+            )
+            for step in self.graph.steps
+        )
+        rows = tuple(
+            (*slot(*at), describe(block.data, []), block.shape) for at, block in self.seeds.items()
+        )
+        return steps, rows, frozenset(slot(*target) for target in self.graph.targets)
+
+    def arguments(self, reads: Sequence[Read]) -> list[Tensor] | None:
+        """The tensors to replay with; None where something else is read than was written down."""
+        tensors, steps = [block.data for block in self.seeds.values()], self.graph.steps
+        try:
+            for read in reads:
+                if describe(read.get(steps[read.step]), tensors) != read.described:
+                    return None
+        except Refused:
             return None
-    return tensors
+        return tensors
 
+    def refuse(self) -> None:
+        """Raise where the walk cannot be written down, as far as the nodes show it."""
+        if len(self.graph.steps) > _LONGEST:
+            raise Refused(f"the graph has {len(self.graph.steps)} nodes, more than {_LONGEST}")
+        for step in self.graph.steps:
+            # its backward may read anything
+            if isinstance(step.node, BackwardCFunction) and any(step.edges):
+                raise Refused(f"{step.name} is a user's own function")
 
-def note(graph: Graph, seeds: Seeds, places: Places | None) -> Noted:
-    """Walk, and note what is read."""
-    values: dict[tuple[int, str], tuple[Get, Any]] = {}
+    def note(self) -> Noted:
+        """Walk, and note what is read."""
+        values: dict[tuple[int, str], tuple[Get, Any]] = {}
 
-    def reader(k: int, name: str, get: Get) -> Any:
-        if (k, name) not in values:
-            values[k, name] = (get, get(graph.steps[k]))
-        return values[k, name][1]
+        def reader(k: int, name: str, get: Get) -> Any:
+            if (k, name) not in values:
+                values[k, name] = (get, get(self.graph.steps[k]))
+            return values[k, name][1]
 
-    kernels, tensors = Kernels(), [block.data for block in seeds.values()]
-    found = walk(_watched(graph, reader), seeds, kernels, places)
-    reads = [
-        Read(k, name, get, describe(value, tensors)) for (k, name), (get, value) in values.items()
-    ]
-    return Noted(tuple(reads), [v for _, v in values.values()], tensors, found, kernels)
+        kernels, tensors = Kernels(), [block.data for block in self.seeds.values()]
+        found = Task(_watched(self.graph, reader), self.seeds, self.places).walk(kernels)
+        reads = tuple(
+            Read(k, name, get, describe(value, tensors))
+            for (k, name), (get, value) in values.items()
+        )
+        return Noted(reads, [value for _, value in values.values()], tensors, found, kernels)
 
+    def write(self, noted: Noted) -> GraphModule:
+        """The same walk as a function of its seeds and of the tensors that were read."""
+        from torch.fx.experimental.proxy_tensor import make_fx
 
-def refuse(graph: Graph) -> None:
-    """Raise where a graph cannot be written down, as far as its nodes show it."""
-    if len(graph.steps) > _LONGEST:
-        raise Refused(f"the graph has {len(graph.steps)} nodes, more than {_LONGEST}")
-    for step in graph.steps:
-        # its backward may read anything
-        if isinstance(step.node, BackwardCFunction) and any(step.edges):
-            raise Refused(f"{step.name} is a user's own function")
+        if noted.kernels.slow:
+            raise Refused(f"no rule for {', '.join(noted.kernels.slow)}")
 
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return self._over(noted, iter(tensors))
 
-def write(graph: Graph, seeds: Seeds, places: Places | None, noted: Noted) -> torch.fx.GraphModule:
-    """The same walk as a function of its seeds and of what was read."""
-    if noted.kernels.slow:
-        raise Refused(f"no rule for {', '.join(noted.kernels.slow)}")
+        given = [tensor.detach() for tensor in noted.tensors]
+        module = make_fx(flat, tracing_mode="fake")(*given)
+        kept = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
+        if kept:  # a tensor that is no argument: it could hold this input's numbers
+            raise Refused(f"a rule reads a tensor beside what was saved ({kept[0]})")
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module
 
-    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(tensors)
-        rows = {slot: Block(next(rest), block.shape) for slot, block in seeds.items()}
+    def _over(self, noted: Noted, tensors: Iterator[Tensor]) -> tuple[Tensor, ...]:
+        """The walk over stand-ins for the seeds and for the tensors that were read."""
+        rows = {at: Block(next(tensors), block.shape) for at, block in self.seeds.items()}
         table = {
-            (read.step, read.name): _stand_in(value, rest)
+            (read.step, read.name): _stand_in(value, tensors)
             for read, value in zip(noted.reads, noted.values, strict=True)
         }
 
         def reader(k: int, name: str, get: Get) -> Any:
             if (k, name) not in table:
-                raise Refused(f"{graph.steps[k].name} reads {name} of stand-ins alone")
+                raise Refused(f"{self.graph.steps[k].name} reads {name} of stand-ins alone")
             return table[k, name]
 
-        found = walk(_watched(graph, reader), rows, Kernels(), places)
+        found = Task(_watched(self.graph, reader), rows, self.places).walk(Kernels())
         if found.keys() != noted.found.keys():
             raise Refused("the walk over stand-ins goes elsewhere")
         return tuple(found[slot].data for slot in noted.found)
-
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    given = [tensor.detach() for tensor in noted.tensors]
-    module = make_fx(flat, tracing_mode="fake")(*given)
-    kept = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
-    if kept:  # a tensor that is no argument: it could hold this input's numbers
-        raise Refused(f"a rule reads a tensor beside what was saved ({kept[0]})")
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
 
 
 def _stand_in(value: Any, tensors: Iterator[Tensor]) -> Any:
