@@ -54,6 +54,17 @@ def jacobian(
         out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to; not
             with ``create_graph``.
         batched: ``False`` when ``f`` takes one sample, without the batch axis.
+        compile: Hand walks in reverse to torch's compiler, inductor. The function itself runs as
+            it is. The first call on a graph of a kind (its nodes, shapes and the numbers beside
+            tensors that they saved) takes seconds more: the walk is written down, compiled,
+            compared with the walk and timed beside it and beside what was written down, run
+            without a compiler. Later calls take the fastest of the three. It pays for many calls
+            on batches of one size, mostly where tensors are small; large convolutions and matrix
+            products gain nothing. Of several chunks, those are compiled that come again. Some
+            64 kinds are remembered in a process. What cannot be compiled (nodes without a rule, a
+            user's own function, a decision on a number, ``create_graph``, hooks, stages that go
+            forward) is walked as without it, and the log (level WARNING) says so. ``max_memory``
+            is kept with twice the room for each sample.
 
     Returns:
         ``[N, *out, *in]`` for one output and one input; otherwise outputs nested over inputs, as

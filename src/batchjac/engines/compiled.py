@@ -171,6 +171,7 @@ def _settings() -> tuple[Any, ...]:
     """What a compiled walk depends on beside the graph."""
     return (
         torch.get_num_threads(),
+        torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.fx import GraphModule
 
@@ -185,7 +186,10 @@ class Task:
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self._over(noted, iter(tensors))
 
-        given = [tensor.detach() for tensor in noted.tensors]
+        # without symbols for sizes, and without numbers where a shape could depend on one: whatever
+        # a number decides raises
+        stand_ins = FakeTensorMode(allow_fallback_kernels=False)
+        given = [stand_ins.from_tensor(tensor.detach()) for tensor in noted.tensors]
         module = make_fx(flat, tracing_mode="fake")(*given)
         kept = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
         if kept:  # a tensor that is no argument: it could hold this input's numbers
