@@ -82,6 +82,13 @@ def walks(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line.removeprefix("compiled").strip() for line in said]
 
 
+def kinds(caplog: pytest.LogCaptureFixture, call: int) -> list[str]:
+    """The kinds of nodes that a call says it went through."""
+    plans = [r.getMessage() for r in caplog.records if r.getMessage().startswith("plan")]
+    (said,) = [line for line in plans[call].splitlines() if line.startswith("rules")]
+    return said.split()[1:]
+
+
 KINDS = (
     "lenet", "resnet_eval", "mlp_every_smooth_activation", "transformer_encoder_eval",
     "gpt_tied_embeddings", "gru_time_first", "lstm_last_step", "layer_norm", "batch_norm_eval",
@@ -426,6 +433,7 @@ def test_inductor(
     x = torch.randn(shape)
     y, found = batchjac.value_and_jacobian(model, x, compile=True)
     assert walks(caplog) == ["walks by inductor: 1"]
+    assert kinds(caplog, -1) == kinds(caplog, 0) != []
     assert lines(caplog) == []
     torch.testing.assert_close(found, batchjac.jacobian(model, x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(y, model(x).detach())
