@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 
 import batchjac
+from batchjac import kernels
 from batchjac.engines import compiled, reference
 from batchjac.engines.trace import Refused, describe
 from batchjac.memory import Chunk
@@ -438,6 +440,33 @@ def test_inductor(
     torch.testing.assert_close(found, batchjac.jacobian(model, x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(y, model(x).detach())
     assert [module.get_config_copy() for module in (dynamo, inductor)] == settings
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_our_own_kernels_are_called(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "_SMALL_CONVOLUTION", 0)
+    monkeypatch.setattr(kernels, "_fastest_convolution", lambda *_: kernels.columns)
+    monkeypatch.setattr(kernels, "fastest", lambda: lambda g, w: torch.mm(g, w.t()))
+    called: set[str] = set()
+
+    def watched(module: Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        called.update(str(node.target) for node in module.graph.nodes)
+        run: Callable[..., Any] = lookup_backend(compiler)(module, inputs)
+        return run
+
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(4, 2, 3),
+        nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3),
+    )  # fmt: skip
+    model.insert(2, nn.Flatten(2))
+    for _ in range(2):
+        x = torch.randn(5, 1, 4, 8)
+        found = answer(model, x, watched)
+    assert {"batchjac.linear.default", "batchjac.columns.default"} <= called
+    assert not any(one.refused for each in compiled._known.values() for one in each)
+    torch.testing.assert_close(found, reference.jacobian(model, x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_plan_is_called_with_what_it_was_made_for(
