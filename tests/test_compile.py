@@ -479,3 +479,12 @@ def test_a_plan_is_called_with_what_it_was_made_for(
     assert "compiled" not in str(batchjac.plan(model, x))
     torch.testing.assert_close(planned(x), batchjac.jacobian(model, x))
     assert lines(caplog)[0].startswith("compile=True, but not compiled")
+
+
+def test_there_is_room_for_what_a_compiled_walk_holds_at_once() -> None:
+    model, x = mlp(), torch.randn(5000, 3)
+    plans = [
+        batchjac.plan(model, x, mode="reverse", max_memory=10**6, compile=c).plan
+        for c in (True, False)
+    ]
+    assert plans[0].samples <= 0.6 * plans[1].samples < plans[1].batch

@@ -64,7 +64,7 @@ def jacobian(
             64 kinds are remembered in a process. What cannot be compiled (nodes without a rule, a
             user's own function, a decision on a number, ``create_graph``, hooks, stages that go
             forward) is walked as without it, and the log (level WARNING) says so. ``max_memory``
-            is kept with twice the room for each sample.
+            counts twice the room for each sample, and not the compiler's own memory.
 
     Returns:
         ``[N, *out, *in]`` for one output and one input; otherwise outputs nested over inputs, as
