@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
 import batchjac
-from batchjac import kernels
+from batchjac import kernels, rules
 from batchjac.engines import compiled, reference
 from batchjac.engines.trace import Refused, describe
 from batchjac.memory import Chunk
@@ -488,3 +491,16 @@ def test_there_is_room_for_what_a_compiled_walk_holds_at_once() -> None:
         for c in (True, False)
     ]
     assert plans[0].samples <= 0.6 * plans[1].samples < plans[1].batch
+
+
+def test_rules_call_nodes_only_where_it_is_watched() -> None:
+    """What a rule reads past ``Step.saved`` and ``Step.called`` would be that of the first call."""
+    calls, reads = [], []
+    for path in Path(rules.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        reads += re.findall("_saved_|data_ptr", text)
+        for function in ast.walk(ast.parse(text)):
+            if isinstance(function, ast.FunctionDef):
+                calls += [function.name for _ in re.findall(r"\.node\(", ast.unparse(function))]
+    assert sorted(calls) == ["_on_ones", "_starts"]
+    assert reads == []

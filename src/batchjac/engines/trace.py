@@ -1,7 +1,8 @@
 """A walk written down as a graph of tensor operations, valid for every graph of the same kind.
 
-Rules read a graph in two ways only, ``Step.saved`` and ``Step.called``; what they do depends on
-that, on the nodes and edges, and on shapes. So a first walk notes what is read; the same walk then
+Rules read a graph in two ways only, ``Step.saved`` and ``Step.called``; what they compute depends
+on that, on the nodes and edges, and on shapes. (They also look at nodes further down, which decides
+kernels and orders in memory, never a value.) So a first walk notes what is read; the same walk then
 goes over stand-ins that have shapes and no numbers, while torch writes down the operations. Where
 a rule lets a number decide, torch raises: there is no stand-in for it. Every tensor that was read
 is an argument of what is written down; everything else that was read is part of the ``Reads``,
