@@ -182,6 +182,8 @@ WRONG_TYPES = [
     bad("create_graph a text", InputTypeError, "create_graph must be True or False, got 'no'",
         create_graph="no"),
     bad("batched None", InputTypeError, "batched must be True or False, got None", batched=None),
+    bad("compile by name", InputTypeError, "compile must be True or False, got 'inductor'",
+        compile="inductor"),
     bad("max_memory a list", InputTypeError, "max_memory must be bytes or text .* got list",
         max_memory=[1]),
     bad("max_memory a flag", InputTypeError, "max_memory must be .* got bool", max_memory=True),

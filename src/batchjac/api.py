@@ -21,6 +21,7 @@ def jacobian(
     max_memory: int | str | None = None,
     out: Any = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> Any:
     """The derivative of every output of every sample by that sample's own input.
 
@@ -56,6 +57,17 @@ def jacobian(
         out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to; not
             with ``create_graph``.
         batched: ``False`` when ``f`` takes one sample, without the batch axis.
+        compile: Hand walks in reverse to torch's compiler, inductor. The function itself runs as
+            it is. The first call on a graph of a kind (its nodes, shapes and the numbers beside
+            tensors that they saved) takes seconds more: the walk is written down, compiled,
+            compared with the walk and timed beside it and beside what was written down, run
+            without a compiler. Later calls take the fastest of the three. It pays for many calls
+            on batches of one size, mostly where tensors are small; large convolutions and matrix
+            products gain nothing. Of several chunks, those are compiled that come again. Some
+            64 kinds are remembered in a process. What cannot be compiled (nodes without a rule, a
+            user's own function, a decision on a number, ``create_graph``, hooks, stages that go
+            forward) is walked as without it, and the log (level WARNING) says so. ``max_memory``
+            counts twice the room for each sample, and not the compiler's own memory.
 
     Returns:
         ``[N, *out, *in]`` for one output and one input; otherwise outputs nested over inputs, as
@@ -102,7 +114,7 @@ def jacobian(
     """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
-        create_graph=create_graph, batched=batched,
+        create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
     return solve(problem, max_memory, out).jacobian
 
@@ -120,6 +132,7 @@ def value_and_jacobian(
     max_memory: int | str | None = None,
     out: Any = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> tuple[Any, Any]:
     """The function's value and the derivative of every output by its sample's own input.
 
@@ -142,7 +155,7 @@ def value_and_jacobian(
     """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
-        create_graph=create_graph, batched=batched,
+        create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
     solution = solve(problem, max_memory, out, valued=True)
     return solution.value(), solution.jacobian
@@ -160,6 +173,7 @@ def plan(
     create_graph: bool = False,
     max_memory: int | str | None = None,
     batched: bool = True,
+    compile: bool = False,
 ) -> Planned:
     """How the derivative of every output by its sample's own input would be computed.
 
@@ -193,7 +207,7 @@ def plan(
     """
     options = {
         "wrt": wrt, "of": of, "outputs": outputs, "mode": mode, "coupling": coupling,
-        "create_graph": create_graph, "batched": batched,
+        "create_graph": create_graph, "batched": batched, "compile": compile,
     }  # fmt: skip
     problem = pose(f, inputs, **options)
     return Planned(sketch(problem, max_memory), f, options, max_memory, kinds(problem.tree))

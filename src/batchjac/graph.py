@@ -57,6 +57,10 @@ class Step:
         """What the forward saved under this name; sizes and dims as signed integers."""
         return _signed(getattr(self.node, f"_saved_{name}"))
 
+    def called(self, name: str, get: Callable[["Step"], Any]) -> Any:
+        """What ``get`` finds by calling the node without rows; ``name`` says what that is."""
+        return get(self)
+
     def has(self, *names: str) -> bool:
         """Whether the node saved all of these."""
         return all(hasattr(type(self.node), f"_saved_{name}") for name in names)

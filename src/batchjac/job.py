@@ -18,7 +18,7 @@ from batchjac.engines.forward import NoForwardRule, NotFinite
 from batchjac.engines.mixed import NoRoute, Way
 from batchjac.engines.rows import in_engine_order, pull
 from batchjac.engines.rows import rows as engine_rows
-from batchjac.engines.sweep import Kernels, NotPerSample, per_sample_ready, walk
+from batchjac.engines.sweep import Kernels, NotPerSample, Walk, per_sample_ready, walk
 from batchjac.errors import UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, Graph, Slot, hold, prune
 from batchjac.independence import Proof, frozen, probe, prove
@@ -68,6 +68,7 @@ class Job:
     goals: tuple[Goal, ...]
     inputs: tuple[Slot, ...]
     kernels: Kernels
+    walk: Walk = walk  # of the rows of the answer
 
     @cached_property
     def seeds(self) -> Seeds:
@@ -179,7 +180,7 @@ class Job:
         problem = self.problem
         exact = problem.coupling != "frozen" and not problem.create_graph
         own = bool(self.goals) and all(g.target.per_sample for g in self.goals)
-        if problem.mode != "auto" or self.root is None or not (exact and own):
+        if problem.mode != "auto" or problem.compiler or self.root is None or not (exact and own):
             return None
         routes = [c.route.seconds for c in self.considered.values() if c.taken]
         walked = len(routes) < len(self.goals) - len(self.unreached())
@@ -243,7 +244,7 @@ class Job:
         """One goal by its own route, ``units`` rows or columns at a time."""
         way = Way(
             self.graph, choice.cuts, self.seeds, self.kernels, choice.places, choice.chain,
-            units * held(choice.route, choice.chain).live, self.problem.create_graph,
+            units * held(choice.route, choice.chain).live, self.problem.create_graph, self.walk,
         )  # fmt: skip
         inner = goal.target.shape[1:] if goal.target.per_sample else goal.target.shape
         try:
@@ -300,7 +301,7 @@ class Job:
                 found = engine_rows(self.y, [g.edge for g in goals], block, create_graph)
             elif self.root is not None:
                 places = proof.places if proof else None
-                found = walk(graph, {self.root: block}, self.kernels, places, create_graph)
+                found = self.walk(graph, {self.root: block}, self.kernels, places, create_graph)
             for goal in goals:
                 self._put(sinks[goal.part], goal, found.get(goal.slot), seeds, start, block.rows)
 
@@ -332,6 +333,9 @@ def _zeros(target: Target, rows: int) -> Block:
 def need(work: Sequence[Job], samples: int) -> memory.Need:
     """Bytes for each of the samples that these jobs were recorded on; live for a row or column."""
     whole = memory.need([_ordered(job, job.graph) for job in work], samples, shared(work))
+    if any(job.problem.compiler for job in work):
+        # what rules derive from what was saved is there all at once, and sums are not in place
+        whole = replace(whole, saved=2 * whole.saved, live=2 * whole.live)
     ways = [held(choice.route, choice.chain) for job in work for choice in job.choices.values()]
     if not ways:
         return whole
@@ -385,7 +389,9 @@ def shared(work: Sequence[Job]) -> set[Slot]:
     }
 
 
-def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) -> list[Job]:
+def jobs(
+    problem: Problem, captured: Capture, samples: slice, kernels: Kernels, walk: Walk = walk
+) -> list[Job]:
     """One job for each differentiable output."""
     if captured.nodes > DEEP and not problem.create_graph:  # a history is for the caller to free
         hold([y.grad_fn for y in captured.outputs.values() if y.grad_fn is not None])
@@ -395,6 +401,6 @@ def jobs(problem: Problem, captured: Capture, samples: slice, kernels: Kernels) 
     for part, target in parts(captured):
         found[part[0]].append(Goal(part, target))
     return [
-        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels)
+        Job(problem, k, paths[k], captured.outputs[k], samples, tuple(goals), inputs, kernels, walk)
         for k, goals in found.items()
     ]

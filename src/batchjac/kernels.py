@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Below this many multiply-adds a call costs more than its arithmetic.
 _SMALL = 1 << 16
@@ -35,7 +36,10 @@ def linear(g: Tensor, w: Tensor) -> Tensor:
     """``g[..., o] w[i, o]`` summed over ``o``: all rows through one matrix."""
     if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= _SMALL:
         flat = g.reshape(-1, g.shape[-1])
-        return fastest()(flat, w).view(*g.shape[:-1], w.shape[0])
+        kernel = fastest()
+        if kernel is not _mm and isinstance(g, FakeTensor):
+            kernel = torch.ops.batchjac.linear
+        return kernel(flat, w).view(*g.shape[:-1], w.shape[0])
     return torch.matmul(g, w.t())
 
 
@@ -48,7 +52,7 @@ def _plain(tensor: Tensor) -> bool:
 def _measured(tensor: Tensor) -> bool:
     """Real numbers in CPU memory, under no transform: there the kernels differ much."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
         and tensor.dtype in (torch.float32, torch.float64)
         and tensor.device.type == "cpu"
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -231,13 +235,45 @@ def columns(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> T
         flat = replace(layer, stride=(1, *layer.stride), padding=(0, *layer.padding))
         wide = (*sizes[:2], 1, *sizes[2:])
         return columns(g.unsqueeze(2), w.unsqueeze(2), wide, flat).squeeze(2)
-    like = g.new_zeros(1).expand(*sizes)
-    found: Tensor = torch.ops.aten._slow_conv2d_backward.output_mask(
-        g, like, w, w.shape[2:], layer.stride, layer.padding, [True, False, False]
-    )[0]
+    where = _columns if not isinstance(g, FakeTensor) else torch.ops.batchjac.columns
+    found: Tensor = where(g, w, sizes, layer.stride, layer.padding)
     return found
 
 
 def _has_columns(layer: Convolution, g: Tensor) -> bool:
     still = not layer.transposed and layer.groups == 1 and set(layer.dilation) == {1}
     return still and g.dim() in (3, 4)
+
+
+# Kernels that compilers may not look into, as operators that they call. ``_slow_conv2d_backward``
+# says nothing of its result's shape; oneDNN's linear is lowered for weights that are constants.
+_operators = torch.library.Library("batchjac", "DEF")
+_operators.define("linear(Tensor g, Tensor w) -> Tensor")
+_operators.define("columns(Tensor g, Tensor w, int[] sizes, int[] s, int[] pad) -> Tensor")
+
+
+@torch.library.impl(_operators, "linear", "CPU")
+def _linear(g: Tensor, w: Tensor) -> Tensor:
+    """The fastest linear layer."""
+    return fastest()(g, w)
+
+
+@torch.library.impl(_operators, "linear", "Meta")
+def _linear_shape(g: Tensor, w: Tensor) -> Tensor:
+    return g.new_empty(g.shape[0], w.shape[0])
+
+
+@torch.library.impl(_operators, "columns", "CPU")
+def _columns(
+    g: Tensor, w: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    like = g.new_zeros(1).expand(*sizes)
+    found: Tensor = torch.ops.aten._slow_conv2d_backward.output_mask(
+        g, like, w, w.shape[2:], stride, padding, [True, False, False]
+    )[0]
+    return found
+
+
+@torch.library.impl(_operators, "columns", "Meta")
+def _columns_shape(g: Tensor, w: Tensor, sizes: Sequence[int], *_: Sequence[int]) -> Tensor:
+    return g.new_empty(sizes)

@@ -121,6 +121,7 @@ class Plan:
     ``"vmap"`` or ``"rows"``. ``directions`` says in words how each Jacobian is reached, where more
     than plain reverse was thought of. ``axes`` and ``prediction`` are there when it was made before
     the call, by ``batchjac.plan``; ``mapped``: for a result in memory that the caller brings.
+    ``compiled`` says how the walks were computed where they were to be compiled.
     """
 
     samples: int
@@ -134,6 +135,7 @@ class Plan:
     axes: tuple[str, ...] = ()
     prediction: Prediction | None = None
     mapped: bool = False
+    compiled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
@@ -151,6 +153,7 @@ class Plan:
             f"engine        {self.engine}",
             f"independence  {self.independence}",
             *(f"directions    {line}" for line in self.directions),
+            *(f"compiled      {line}" for line in self.compiled),
             f"rules         {', '.join(sorted(set(self.kernels) - set(self.slow))) or 'none'}",
         ]
         lines += [f"without rule  {name}: {way}" for name, way in sorted(self.slow.items())]

@@ -128,6 +128,7 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
         prediction=None if captured.hooked
         else _prediction(problem, work, captured.samples, results, result + used),
         mapped=mapped,
+        compiled=("when called, at the first inputs of a kind",) if problem.compiler else (),
     )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class Problem:
     batched: bool
     mode: Mode = "auto"
     vmapped: bool = True  # a function of one sample may run under torch.vmap
+    compiler: str | None = None  # what walks are handed to, as torch.compile names it
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -121,6 +122,7 @@ def pose(
     coupling: str,
     create_graph: bool,
     batched: bool,
+    compile: bool = False,
 ) -> Problem:
     """Check the question and put it into one frozen value."""
     if not callable(function):
@@ -134,7 +136,9 @@ def pose(
             f'coupling="{coupling}" goes in reverse; mode="{mode}" cannot answer it, use '
             'mode="auto"'
         )
-    for name, flag in (("create_graph", create_graph), ("batched", batched)):
+    for name, flag in (
+        ("create_graph", create_graph), ("batched", batched), ("compile", compile),
+    ):  # fmt: skip
         if not isinstance(flag, bool):
             raise InputTypeError(f"{name} must be True or False, got {flag!r}")
     module = module_of(function)
@@ -176,7 +180,7 @@ def pose(
     kind = cast(Coupling, coupling)  # _check_choice has let no other text through
     return Problem(
         function, module, inputs, tree, size, wanted, named, of, outputs,
-        kind, create_graph, batched, cast(Mode, mode),
+        kind, create_graph, batched, cast(Mode, mode), compiler="inductor" if compile else None,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from batchjac import coupling, memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture, without_graph
+from batchjac.engines.compiled import Compiler
 from batchjac.engines.mixed import NoRoute
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import (
@@ -115,8 +116,10 @@ class _Run:
     directions: tuple[str, ...] = ()
     singly: bool = False  # every row by itself through autograd, since that is faster
     compared: coupling.Values = field(init=False)
+    compiler: Compiler = field(init=False)
 
     def __post_init__(self) -> None:
+        self.compiler = Compiler(self.problem.compiler)
         self.compared = coupling.Values(self.problem, self.restore)
 
     @property
@@ -209,7 +212,7 @@ class _Run:
             log.info("hooks on gradients: rows go through autograd one at a time, so that they run")
             self.problem = without_routes(self.problem, "hooks on gradients")
             self.by_engine = True
-        work = jobs(self.problem, captured, samples, self.kernels)
+        work = jobs(self.problem, captured, samples, self.kernels, self.compiler.walk)
         self.directions, self.width = reasons(work), width(work)
         self.singly = all(job.singly for job in work)
         here = self.chunk
@@ -233,6 +236,8 @@ class _Run:
                 self.chunk = replace(self.chunk, samples=fewer)
                 return False
         self.rows = min(here.rows, self.most.rows)
+        # a chunk that comes once is not worth compiling
+        self.compiler.patient = captured.samples < self.problem.samples or self.rows < self.width
         for job in work:
             self._fill(job, captured, self.rows)
         values = kept(captured.values, self.valued, self.problem.create_graph)
@@ -379,6 +384,7 @@ class _Run:
         if self.kernels.slow:
             listed = ", ".join(f"{name} ({way})" for name, way in self.kernels.slow.items())
             log.info("nodes without a rule, called themselves: %s", listed)
+        self.compiler.report(self.by_engine)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("plan\n%s", self.plan())
 
@@ -390,4 +396,5 @@ class _Run:
             engine="rows" if self.by_engine or self.singly else "walk",
             independence=self.independence, kernels=self.kernels.ways,
             directions=self.directions,
+            compiled=self.compiler.lines,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from batchjac import kernels
 from batchjac.block import Block
 from batchjac.cuts import Places, between
 from batchjac.engines.forward import tangents
-from batchjac.engines.sweep import Kernels, walk
+from batchjac.engines.sweep import Kernels, Walk, walk
 from batchjac.graph import Graph, Meta, Slot, Step, metas
 from batchjac.route import Chain, Down, Forward, Join, Reverse, Route, Up, Weight, live
 from batchjac.seeds import Seeds
@@ -59,6 +59,7 @@ class Way:
     chain: Chain
     room: int
     create_graph: bool
+    walk: Walk = walk
 
     @property
     def samples(self) -> int:
@@ -158,7 +159,7 @@ class Way:
         """Rows of the upper cut at the lower one, as ``[N, rows, columns]``."""
         upper, lower = self.cuts[route.upper], self.cuts[route.lower]
         seeds = {upper: block}
-        found = walk(graph, seeds, self.kernels, self.places, self.create_graph).get(lower)
+        found = self.walk(graph, seeds, self.kernels, self.places, self.create_graph).get(lower)
         size = self.entries(route.lower)
         if found is None:
             return self._zeros(route.lower, block.rows, math.prod(size))

@@ -7,6 +7,7 @@ changes a gradient; ``independence`` and ``verify`` hold the caller to both.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -46,6 +47,21 @@ class Kernels:
             return
         order = ("rule", "vmap", "rows")
         self.ways[name] = max(self.ways.get(name, "rule"), way, key=order.index)
+
+
+class Walk(Protocol):
+    """What computes a walk: ``walk`` itself, or what may replay it."""
+
+    def __call__(
+        self,
+        graph: Graph,
+        seeds: Mapping[Slot, Block],
+        kernels: Kernels,
+        places: Places | None = None,
+        create_graph: bool = False,
+    ) -> dict[Slot, Block]:
+        """The seeds pushed down to every target that they reach."""
+        ...
 
 
 def walk(
@@ -113,8 +129,8 @@ def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
         return _lent(gradients)
     if not rule.fresh or not made or any(made[0] is b for b in blocks):
         return gradients
-    memory = made[0].data.untyped_storage().data_ptr()
-    came = [b.data.untyped_storage().data_ptr() for b in blocks if b is not None]
+    memory = made[0].data.untyped_storage()._cdata  # of stand-ins too, which have no address
+    came = [b.data.untyped_storage()._cdata for b in blocks if b is not None]
     return [b and b.owned_if(memory not in came) for b in gradients]
 
 

@@ -6,6 +6,7 @@ its full size.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ def starts(step: Step, dim: int) -> list[int | None]:
     The node keeps no sizes of the tensors that need no gradient, but hands out parts of whatever
     it is given: so it is given the positions.
     """
+    found: list[int | None] = step.called(f"starts {dim}", partial(_starts, dim=dim))
+    return found
+
+
+def _starts(step: Step, dim: int) -> list[int | None]:
     place = torch.arange(step.shape[dim], dtype=torch.float64)
     shape = [1] * len(step.shape)
     shape[dim] = -1

@@ -7,6 +7,7 @@ rule serves every such function. A function that *selects* (ReLU, clamp, where) 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ FLAT = (
 
 def derivative(step: Step, output: int = 0) -> list[Tensor | None]:
     """The node on ones for one of its outputs: the derivative toward each edge, without rows."""
+    found: list[Tensor | None] = step.called(f"on ones {output}", partial(_on_ones, output=output))
+    return found
+
+
+def _on_ones(step: Step, output: int) -> list[Tensor | None]:
     meta = step.outputs[output]
     ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
     result = step.node(*(ones if k == output else None for k in range(len(step.outputs))))
