@@ -42,8 +42,8 @@ def test_multiply_adds_of_products() -> None:
     w = torch.ones(9, 4, dtype=F64)
     assert work(lambda x: w @ x, 4, 5).products == 9 * 4 * 5
     # scores of 6 positions by 6, their sum of values, and both again toward what was multiplied
-    heads = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
-    assert heads.products == 4 * 2 * 6 * 6 * 8
+    attention = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
+    assert attention.heads == attention.multiply_adds == 4 * 2 * 6 * 6 * 8
 
 
 def test_multiply_adds_of_convolutions() -> None:
@@ -61,7 +61,9 @@ def test_multiply_adds_of_convolutions() -> None:
 
 
 def test_bytes_and_calls() -> None:
-    assert work(torch.sin, 10) == Work(bytes=2 * 10 * 8, calls=1)
+    # read and written, and the cosine that is the factor as well
+    assert work(torch.sin, 10) == Work(bytes=2 * 2 * 10 * 8, calls=1)
+    assert work(lambda x: x + 1, 10) == Work(bytes=2 * 10 * 8, calls=1)
     assert work(lambda x: x.view(N, 2, 5), 10) == Work(calls=1)
 
 

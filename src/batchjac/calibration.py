@@ -1,9 +1,11 @@
 """What this machine was measured to do, kept from process to process.
 
-One small JSON file for each question, machine, torch and number of threads, in the user's cache
-folder. It holds numbers alone; one that cannot be read or written is as good as none.
+Small JSON files for each machine, torch and number of threads, in the user's cache folder: one for
+each set of rates, and one for the names of the kernels that won. They hold numbers and names
+alone; one that cannot be read or written is as good as none.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -16,8 +18,13 @@ from pathlib import Path
 
 import torch
 
+FORMAT = 2  # of a file; another number where figures get another meaning
 # Other programs, cooling and updates change what a machine does.
 FRESH = 24 * 3600.0  # seconds
+
+
+# Choices in the file; the oldest go first. A network has some tens of different layers.
+MOST = 500
 
 
 def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[str, float]:
@@ -26,8 +33,7 @@ def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[st
     Of an old figure and a new one the larger is taken, since interference only slows what is
     measured; so figures must be rates, and not durations.
     """
-    key = f"{name}; {_machine()}"
-    path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key, path = _place(name)
     found, when = _read(path, key)
     if found and 0 <= time.time() - when < FRESH:
         return found
@@ -37,6 +43,35 @@ def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[st
     return figures
 
 
+def recalled(question: str) -> str | None:
+    """What was chosen for this question on the last day, by this process or another."""
+    key, path = _place("choices")
+    answer, when = _choices(key, path).get(question, ("", 0.0))
+    return answer if 0 <= time.time() - when < FRESH else None
+
+
+def note(question: str, answer: str) -> None:
+    """Keep a choice for this process and the next; also what others have kept meanwhile."""
+    key, path = _place("choices")
+    held = _choices(key, path)
+    held |= {**_read_choices(path, key), **held, question: (answer, time.time())}
+    for old in sorted(held, key=lambda q: held[q][1])[:-MOST]:
+        del held[old]
+    _write(path, {"key": key, "choices": held})
+
+
+@functools.lru_cache(maxsize=8)  # a few numbers of threads
+def _choices(key: str, path: Path) -> dict[str, tuple[str, float]]:
+    """The choices of a file, read once in a process, and what this one adds to them."""
+    return _read_choices(path, key)
+
+
+def _place(name: str) -> tuple[str, Path]:
+    """What a file is about, and where it is."""
+    key = f"{name} {FORMAT}; {_machine()}"
+    return key, _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
 def _machine() -> str:
     return (
         f"{platform.node()}, {_processor()}, {torch.backends.cpu.get_cpu_capability()}, "
@@ -44,6 +79,7 @@ def _machine() -> str:
     )
 
 
+@functools.cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -73,6 +109,17 @@ def _read(path: Path, key: str) -> tuple[dict[str, float], float]:
         return (figures, float(held["when"])) if usable else ({}, 0.0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, 0.0
+
+
+def _read_choices(path: Path, key: str) -> dict[str, tuple[str, float]]:
+    """The choices of a file and when they were made; none where it is not such a file."""
+    try:
+        held = json.loads(path.read_text())
+        found = {str(q): (answer, float(when)) for q, (answer, when) in held["choices"].items()}
+        usable = held["key"] == key and all(type(answer) is str for answer, _ in found.values())
+        return found if usable else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _write(path: Path, held: Mapping[str, object]) -> None:

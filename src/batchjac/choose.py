@@ -173,7 +173,7 @@ def _choose(
     forecast = Forecast(
         chain, route, names,
         plain=apart if plain is None else plain.seconds,
-        finish=n * width * chain.widths[-1] * chain.itemsize / rates.fresh,
+        finish=cost.written(n * width * chain.widths[-1] * chain.itemsize, rates),
     )  # fmt: skip
     gains = MARGIN * forecast.seconds < forecast.plain + forecast.finish
     taken = mode != "auto" or (gains and hash(forecast) not in _declined)

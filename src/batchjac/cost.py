@@ -1,8 +1,10 @@
 """Seconds of a stage, from its shapes and from what this machine was measured to do.
 
-    seconds = products / rate + convolutions / rate + bytes / bandwidth + calls * overhead
+    seconds = sum over kinds of work: amount / rate + calls * overhead
 
-Nothing of the user's model runs here. Rates are measured once a day, on random numbers.
+The kinds are those of ``Work``: each has a rate of its own in ``Rates``, measured once a day on
+random numbers. Nothing of the user's model runs here. ``python -m benchmarks.prediction`` compares
+what comes out with what is measured.
 """
 
 import functools
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from batchjac import kernels
 from batchjac.calibration import remembered
-from batchjac.graph import Meta, Step
+from batchjac.graph import Meta, Slot, Step
 from batchjac.kernels import Convolution
 from batchjac.memory import BLOCK, VIEWS
 
@@ -37,6 +39,38 @@ _CONSTANT = frozenset({
 })  # fmt: skip
 
 
+# Passes over what flows through a node, where one read and one write are not all. A norm's backward
+# sums each row twice, then reads it again; softmax multiplies, sums, subtracts and multiplies.
+# Source: counted in rules/norm.py and rules/softmax.py.
+_PASSES = {
+    "NativeLayerNormBackward0": 5, "NativeGroupNormBackward0": 5, "SoftmaxBackward0": 3,
+    "LogSoftmaxBackward0": 3,
+}  # fmt: skip
+# An entry-wise node makes its factor from what was saved, in every walk, and then multiplies.
+_OWN_FACTOR = 2
+# Calls of torch of a node, in those of a view or a product of two tensors, 25 us each. Source:
+# timed node by node on blocks of a few KB, one thread: 80 to 150 us for matrix products and splits,
+# 110 to 210 for pooling, 60 to 100 for norms, 30 operations in rules/attention.py.
+_CALLS = {
+    "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4, "Convolution": 4, "Split": 4,
+    "UnsafeSplit": 4, "Unbind": 4, "MaxPool": 4, "NativeLayerNorm": 3, "NativeGroupNorm": 3,
+    "NativeBatchNorm": 3, "ScaledDotProduct": 30,
+}  # fmt: skip
+# Views of the forward whose transpose writes zeros around, or several pieces into one.
+_FILLING = (
+    "SelectBackward", "SliceBackward", "Split", "UnsafeSplit", "Unbind", "Chunk", "Diagonal",
+    "AsStrided", "Unfold",
+)  # fmt: skip
+# What leaves rows in another order in memory than that of their axes, and what then copies them.
+_TURNS = ("TransposeBackward", "PermuteBackward", "TBackward")
+_JOINS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "CloneBackward")
+_POOLS = ("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool")
+# Scores are written, shifted and scaled in place, and read by two products: six passes. What
+# comes is put in order and multiplied by the output; three products come out.
+# Source: rules/attention.py, ``_change`` and ``_products``.
+_SCORE_PASSES, _HEAD_PASSES = 6, 6
+
+
 @dataclass(frozen=True)
 class Rates:
     """What this machine does in a second; ``call`` is the seconds that one node takes at least."""
@@ -44,10 +78,14 @@ class Rates:
     product: float  # multiply-adds of a large matrix product
     small: float  # of a small one
     batched: float  # of a product of two matrices for each sample
+    heads: float  # of narrow matrices for each head of each sample
     convolution: float  # toward the output
     transposed: float  # toward the input
-    thin: float  # a convolution of few channels, either way
+    thin: float  # a convolution of one channel, either way
     cached: float  # bytes read and written, entry by entry, in memory that is used again
+    streamed: float  # the same of blocks as large as a walk's may be
+    copied: float  # bytes read and written in another order of axes
+    scattered: float  # entries put to places that are looked up, zeros around them included
     fresh: float  # bytes written to new memory
     call: float
 
@@ -60,7 +98,11 @@ class Work:
     convolutions: float = 0.0  # multiply-adds at the rate of many channels
     thin: float = 0.0  # and at that of few
     bytes: float = 0.0
-    calls: int = 0
+    calls: int = 0  # of torch, for all rows and samples of a chunk
+    heads: float = 0.0  # multiply-adds of attention
+    filled: float = 0.0  # bytes that are written on the way down alone
+    copied: float = 0.0  # bytes, into another order
+    scattered: float = 0.0  # entries
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -69,11 +111,42 @@ class Work:
             self.thin + other.thin,
             self.bytes + other.bytes,
             self.calls + other.calls,
+            self.heads + other.heads,
+            self.filled + other.filled,
+            self.copied + other.copied,
+            self.scattered + other.scattered,
         )
 
+    @property
+    def multiply_adds(self) -> float:
+        """Of all kinds."""
+        return self.products + self.heads + self.convolutions + self.thin
 
-_FEW, _MANY = 4, 32  # channels
+
+# Channels of the narrower side. From about 24 on a convolution is as fast as it gets. Source: 15
+# layers with 1 to 64 channels in, 1 thread, the fastest kernel of each in 1e9 multiply-adds a
+# second: 1 channel 11, 2: 18, 3: 29, 6: 26, 16: 55 to 75, 32: 70 to 89, 64: 98.
+_FEW, _MANY = 1, 24
 _SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
+_LARGE = BLOCK  # bytes of a block from which the rate of large ones holds
+# Bytes of the largest result that is written where an earlier one was freed: larger ones come as
+# new pages every time. Source: mallopt(3), M_MMAP_THRESHOLD.
+_REUSED = 32 << 20
+# A call around its walk, in calls of a node: the graph is recorded, pruned, searched for cuts and
+# proved to keep samples apart, memory is counted, rows are seeded. Source: tanh networks of 1 to 64
+# layers of 16 on one thread, 1.2 ms and 65 us more for each of its 3 to 129 nodes where a node of
+# the walk takes 17 us; GRU and encoder with 30 to 70 us for each of 425 and 78.
+_ASKED, _ASKED_OF_NODE = 60, 1.7
+
+
+def asked(nodes: int, rates: Rates) -> float:
+    """The time of a call that is none of its walk's, for a graph of so many nodes."""
+    return (_ASKED + _ASKED_OF_NODE * nodes) * rates.call
+
+
+def written(size: int, rates: Rates) -> float:
+    """The time to write a result of so many bytes: a small one goes where the last one was."""
+    return size / (rates.streamed if size <= _REUSED else rates.fresh)
 
 
 def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False) -> float:
@@ -82,15 +155,25 @@ def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False)
     largest = times * work.products / max(1, work.calls)
     products = rates.small if largest < _SMALL else rates.product
     convolutions = rates.convolution if up else rates.transposed
-    block = times * work.bytes / max(1, 2 * work.calls)  # a node reads one and writes one
+    moved = work.bytes if up else work.bytes + work.filled
+    block = times * moved / max(1, 2 * work.calls)  # a node reads one and writes one
     chunks = max(1, math.ceil(block / BLOCK))
     return (
         times * work.products / products
+        + times * work.heads / rates.heads
         + times * work.convolutions / convolutions
         + times * work.thin / rates.thin
-        + times * work.bytes / rates.cached
+        + times * moved * _byte(block / chunks, rates)
+        + times * work.copied / rates.copied
+        + times * work.scattered / rates.scattered
         + chunks * work.calls * rates.call
     )
+
+
+def _byte(block: float, rates: Rates) -> float:
+    """Seconds for a byte of blocks of this size, between those in the cache and large ones."""
+    share = min(1.0, block / _LARGE)
+    return (1 - share) / rates.cached + share / rates.streamed
 
 
 def joined(
@@ -110,16 +193,59 @@ def joined(
 def work(steps: Iterable[Step], samples: int) -> Work:
     """What these nodes do for one row of one sample, in either direction."""
     total = Work()
+    turned: set[Slot] = set()  # whose rows come in another order in memory
     for step in steps:
-        edges = [e for e in step.edges if e is not None]
-        if not edges:
-            continue
-        moved = 0
-        if not VIEWS.fullmatch(step.name):
-            moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in edges)
-        many, few = _convolutions(step)
-        total += Work(_products(step) / samples, many / samples, few / samples, moved / samples, 1)
+        if any(step.edges):
+            total += _of_node(step, samples, (step.node, 0) in turned)
+            _turn(step, turned)
     return total
+
+
+def _turn(step: Step, turned: set[Slot]) -> None:
+    """Note whether the node's rows arrive in another order; those before it keep theirs."""
+    keeps = (step.node, 0) in turned and not step.name.startswith(_JOINS)
+    if step.name.startswith(_TURNS) or (keeps and VIEWS.fullmatch(step.name)):
+        turned.update((e.node, e.slot) for e in step.edges if e is not None)
+
+
+def _of_node(step: Step, samples: int, turned: bool) -> Work:
+    """What one node does for one row of one of these samples."""
+    moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in step.edges if e)
+    filled = copied = heads = scattered = 0
+    many, few = _convolutions(step)
+    if step.name.startswith(_FILLING):
+        moved, filled = 0, moved
+    elif turned and step.name.startswith(_JOINS):
+        moved, copied = 0, moved
+    elif VIEWS.fullmatch(step.name):
+        moved = 0
+    elif step.name.startswith(_POOLS):
+        # zeros are written and cotangents read, each with a place of eight bytes
+        moved, scattered = moved + 8 * math.prod(step.shape), math.prod(step.shape)
+    elif step.name.startswith(_ATTENTION):
+        heads = _heads(step)
+        scores = heads // 4 // step.shape[-1] * step.outputs[0].dtype.itemsize
+        own = _bytes(step.outputs[0])
+        moved, copied = _HEAD_PASSES * own + _SCORE_PASSES * scores, 2 * own
+    elif not constant(step):
+        moved *= _PASSES.get(step.name, 1 if step.name in _FACTORS else _OWN_FACTOR)
+    many, few = _convolutions(step)
+    return Work(
+        products=_products(step) / samples,
+        convolutions=many / samples,
+        thin=few / samples,
+        bytes=moved / samples,
+        calls=_calls(step.name),
+        heads=heads / samples,
+        filled=filled / samples,
+        copied=copied / samples,
+        scattered=scattered / samples,
+    )
+
+
+@functools.cache
+def _calls(name: str) -> int:
+    return next((n for kind, n in _CALLS.items() if name.startswith(kind)), 1)
 
 
 def constant(step: Step) -> bool:
@@ -137,16 +263,19 @@ def _bytes(meta: Meta) -> int:
 
 
 def _products(step: Step) -> int:
-    """Multiply-adds for one row: of a matrix product toward each wanted factor, of attention."""
-    if step.name.startswith(_ATTENTION):
-        # scores, and the values they weigh, forth and back
-        return 4 * math.prod(step.shape) * step.shape[-2]
+    """Multiply-adds of a matrix product for one row, toward each wanted factor."""
     total = 0
     for side, k in enumerate(_FACTORS.get(step.name, ())):
         edge = step.wanted(k)
         if edge is not None:
             total += math.prod(edge.shape) * step.shape[-1 if side == 0 else -2]
     return total
+
+
+def _heads(step: Step) -> int:
+    """Multiply-adds of attention for one row: scores, and the values they weigh, forth and back."""
+    keys = step.saved("key").shape[-2] if step.has("key") else step.shape[-2]
+    return 4 * math.prod(step.shape) * int(keys)
 
 
 def _convolutions(step: Step) -> tuple[float, float]:
@@ -168,7 +297,10 @@ def _convolutions(step: Step) -> tuple[float, float]:
 
 
 # Orders of magnitude, to see what is too small for a plan without measuring anything.
-NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 1e10, 4e9, 1e-5)
+NOMINAL = Rates(
+    product=1e11, small=2e10, batched=3e10, heads=2e10, convolution=1e11, transposed=5e10,
+    thin=1e10, cached=3e10, streamed=1.5e10, copied=1e10, scattered=1e9, fresh=4e9, call=1e-5,
+)  # fmt: skip
 
 
 @functools.cache
@@ -181,7 +313,7 @@ def rates(threads: int, convolutions: bool = True) -> Rates:
     """
     assert threads == torch.get_num_threads()
     with torch.no_grad():
-        figures = remembered("products", _products_rates)
+        figures = remembered("products", _products_rates) | remembered("memory", _memory_rates)
         if convolutions:
             figures |= remembered("convolutions", _convolution_rates)
         return replace(NOMINAL, call=1 / figures.pop("calls"), **figures)
@@ -195,35 +327,50 @@ def _numbers(*shape: int) -> Tensor:
 def _products_rates() -> dict[str, float]:
     g, w, s = _numbers(512, 512), _numbers(512, 512), _numbers(64, 64)
     a, b = _numbers(8, 256, 32), _numbers(8, 32, 256)
-    x, y = _numbers(1 << 19), _numbers(1 << 19)
+    q, k = _numbers(128, 160, 16), _numbers(128, 16, 32)  # 5 rows of 32 queries, 32 keys
     return {
         "product": g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
         "small": s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
         "batched": a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
-        "cached": 3 * x.nbytes / _best(lambda: torch.mul(x, y)),
-        "fresh": _FRESH / _best(_touch),
+        "heads": q.numel() * k.shape[2] / _best(lambda: torch.bmm(q, k)),
         # a node is several operations and as much Python beside them
         "calls": 1 / (8 * _best(lambda: torch.mul(s[:2], s[:2]))),
     }
 
 
+def _memory_rates() -> dict[str, float]:
+    x, y = _numbers(1 << 19), _numbers(1 << 19)
+    turned = _numbers(256, 32, 8, 16).permute(2, 1, 0, 3)  # rows before heads of 16
+    pooled, places = _numbers(4, 64, 196), 4 * torch.arange(196).expand(4, 64, 196)
+    return {
+        "cached": 2 * x.nbytes / _best(lambda: torch.mul(x, y)),  # as a block: y is the node's own
+        "streamed": 2 * _LARGE / _streaming(),
+        "copied": 2 * turned.nbytes / _best(turned.contiguous),
+        "scattered": pooled.numel()
+        / _best(lambda: pooled.new_zeros(4, 64, 784).scatter_(-1, places, pooled)),
+        "fresh": _FRESH / _best(_touch),
+    }
+
+
+def _streaming() -> float:
+    """Seconds to read and write a large block, in memory that is given back at once."""
+    with mmap.mmap(-1, 2 * _LARGE) as pages:
+        old, new = torch.frombuffer(pages, dtype=torch.float32).view(2, 4, -1)
+        return _best(lambda: torch.mul(old, 0.5, out=new))
+
+
 def _convolution_rates() -> dict[str, float]:
     layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
-
-    def rate(channels: int, size: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
-        images, taps = _numbers(4, channels, size, size), _numbers(channels, channels, 3, 3)
-        return images.numel() * taps[0].numel() / _best(lambda: kernel(images, taps))
-
-    def down(g: Tensor, w: Tensor) -> Tensor:
-        return kernels.posed(g, w, list(g.shape), layer)
-
-    def up(x: Tensor, w: Tensor) -> Tensor:
-        return torch.conv2d(x, w, padding=1)
-
+    images, taps = _numbers(4, 32, 24, 24), _numbers(32, 32, 3, 3)
+    sizes, count = list(images.shape), images.numel() * taps[0].numel()
+    # toward one channel, by whichever kernel is fastest, as ``kernels`` would choose
+    few, one = _numbers(16, 8, 24, 24), _numbers(8, 1, 3, 3)
+    toward = [kernels.posed, kernels.columns, kernels.channels_last_within]
+    thin = min(_best(lambda k=k: k(few, one, [16, 1, 24, 24], layer)) for k in toward)  # type: ignore[misc]  # mypy does not infer lambdas with defaults
     return {
-        "convolution": rate(_MANY, 24, up),
-        "transposed": rate(_MANY, 24, down),
-        "thin": rate(_FEW, 32, down),
+        "convolution": count / _best(lambda: torch.conv2d(images, taps, padding=1)),
+        "transposed": count / _best(lambda: kernels.posed(images, taps, sizes, layer)),
+        "thin": few.numel() * one[0].numel() / thin,
     }
 
 

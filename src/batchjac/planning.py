@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchjac import cost, memory
 from batchjac.capture import Capture, capture
-from batchjac.cost import Rates, Work
+from batchjac.cost import Rates
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import MismatchError
 from batchjac.graph import let_go, taken_apart
@@ -125,7 +125,7 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
         axes=tuple(_axes(problem, job, goal, captured) for job, goal in goals),
         # hooks see one row of one sample at a time, whose time nobody knows
         prediction=None if captured.hooked
-        else _prediction(problem, work, captured.samples, results, result + used),
+        else _prediction(problem, work, captured.samples, chunk, results, result + used),
         mapped=mapped,
     )  # fmt: skip
 
@@ -154,16 +154,18 @@ def _axes(problem: Problem, job: Job, goal: Goal, captured: Capture) -> str:
 
 
 def _prediction(
-    problem: Problem, work: Sequence[Job], captured: int, results: int, held: int
+    problem: Problem, work: Sequence[Job], captured: int, chunk: Chunk, results: int, held: int
 ) -> Prediction:
     """Seconds from shapes and rates; the function's own forward is not among them."""
     n = problem.samples
     rates = cost.rates(torch.get_num_threads())
-    seconds = naive = limit = results / rates.fresh
+    seconds = naive = limit = cost.written(results, rates)
     operations = rows = columns = 0
+    asked = math.ceil(n / chunk.samples)
     for job in work:
         if job.root is None:
             continue
+        seconds += asked * cost.asked(len(job.graph.steps), rates)
         nodes = cost.work(job.graph.steps, captured)
         width = job.seeds.rows
         once = cost.seconds(nodes, 1, n, rates)
@@ -172,7 +174,7 @@ def _prediction(
             left = [c.forecast.plain for c in job.considered.values() if not c.taken]
             walked = n / captured * max(left) if left else cost.seconds(nodes, width, n, rates)
             seconds += walked
-            operations += round(n * width * _multiply_adds(nodes))
+            operations += round(n * width * nodes.multiply_adds)
             rows += width
         for choice in job.choices.values():
             done = passes(choice.route, choice.chain)
@@ -199,12 +201,8 @@ def _pushed(route: Route, chain: Chain) -> int:
                 count, first, last = columns, node.upper, node.below.upper
             case _:
                 continue
-        total += count * sum(_multiply_adds(stage.work) for stage in chain.stages[first:last])
+        total += count * sum(stage.work.multiply_adds for stage in chain.stages[first:last])
     return round(total)
-
-
-def _multiply_adds(nodes: Work) -> float:
-    return nodes.products + nodes.convolutions + nodes.thin
 
 
 def _peak(rates: Rates) -> float:
