@@ -1,4 +1,4 @@
-"""Kernels that were chosen by measuring, kept from process to process, and never trusted blindly."""
+"""Kernels chosen by measuring: kept from process to process, and never trusted blindly."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def ask() -> Tensor:
     g = torch.randn(32, 16, 16, 16)
     w = torch.randn(16, 3, 3, 3)
     found = kernels.convolution(g, w, SIZES, LAYER)
-    torch.testing.assert_close(
-        found, kernels.backward(g, w, SIZES, LAYER), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(found, kernels.backward(g, w, SIZES, LAYER), rtol=1e-4, atol=1e-4)
     return found
 
 
@@ -118,9 +116,7 @@ def test_what_was_chosen_is_chosen_again(folder: Path, measured: list[int]) -> N
         '{"key": KEY, "choices": NEVER}',
     ],
 )  # fmt: skip
-def test_a_file_that_is_none_is_measured_over(
-    folder: Path, measured: list[int], text: str
-) -> None:
+def test_a_file_that_is_none_is_measured_over(folder: Path, measured: list[int], text: str) -> None:
     ask()
     (file,) = folder.iterdir()
     held = json.loads(file.read_text())

@@ -43,6 +43,7 @@ ORDER = (
     "independence",
     "choose",
     "job",
+    "chosen",
     "verify",
     "coupling",
     "solve",

@@ -155,7 +155,11 @@ def chains(draw: st.DrawFn) -> Chain:
     stages = []
     for a, b in itertools.pairwise(widths):
         weight = draw(st.booleans())
-        work = Work(products=a * b, bytes=4.0 * (a + b), calls=draw(st.integers(1, 3)))
+        some = st.sampled_from([0.0, 1.0 * a * b])
+        work = Work(
+            products=a * b, bytes=4.0 * (a + b), calls=draw(st.integers(1, 3)),
+            heads=draw(some), filled=draw(some), copied=draw(some), scattered=draw(some),
+        )  # fmt: skip
         stages.append(
             Stage(
                 work,

@@ -35,7 +35,7 @@ def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[st
     """
     key, path = _place(name)
     found, when = _read(path, key)
-    if found and 0 <= time.time() - when < FRESH:
+    if found and _is_fresh(when):
         return found
     measured = measure()
     figures = {k: max(v, found.get(k, v)) for k, v in measured.items()}
@@ -47,7 +47,17 @@ def recalled(question: str) -> str | None:
     """What was chosen for this question on the last day, by this process or another."""
     key, path = _place("choices")
     answer, when = _choices(key, path).get(question, ("", 0.0))
-    return answer if 0 <= time.time() - when < FRESH else None
+    return answer if _is_fresh(when) else None
+
+
+def choices(start: str) -> dict[str, str]:
+    """All questions of the last day that start so, and their answers."""
+    held = _choices(*_place("choices")).items()
+    return {q: answer for q, (answer, when) in held if q.startswith(start) and _is_fresh(when)}
+
+
+def _is_fresh(when: float) -> bool:
+    return 0 <= time.time() - when < FRESH
 
 
 def note(question: str, answer: str) -> None:
@@ -69,7 +79,7 @@ def _choices(key: str, path: Path) -> dict[str, tuple[str, float]]:
 def _place(name: str) -> tuple[str, Path]:
     """What a file is about, and where it is."""
     key = f"{name} {FORMAT}; {_machine()}"
-    return key, _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return key, folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _machine() -> str:
@@ -88,7 +98,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Where the system keeps what can be made again."""
     given = os.environ.get("XDG_CACHE_HOME")
     if given:

@@ -24,7 +24,7 @@ from torch import Tensor
 from batchjac.calibration import note, recalled
 
 # Below this many multiply-adds a call costs more than its arithmetic.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 # oneDNN must win by this much on the trial: noise alone must not choose it.
 _MARGIN = 0.9
 _TRIAL = (512, 256, 256)
@@ -39,7 +39,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 def linear(g: Tensor, w: Tensor) -> Tensor:
     """``g[..., o] w[i, o]`` summed over ``o``: all rows through one matrix."""
-    if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= _SMALL:
+    if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= SMALL:
         flat = g.reshape(-1, g.shape[-1])
         return fastest()(flat, w).view(*g.shape[:-1], w.shape[0])
     return torch.matmul(g, w.t())

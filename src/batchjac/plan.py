@@ -120,7 +120,8 @@ class Plan:
     ``kernels`` maps each kind of node to ``"rule"``, ``"vmap"`` or ``"rows"``. ``directions`` says
     in words how each Jacobian is reached, where more than plain reverse was thought of. ``axes``
     and ``prediction`` are there when it was made before the call, by ``batchjac.plan``;
-    ``mapped``: for a result in memory that the caller brings.
+    ``mapped``: for a result in memory that the caller brings. ``chosen`` are the kernels of nodes
+    that have several, one line for each kind and shape; of those with a rule, by ``batchjac.plan``.
     """
 
     samples: int
@@ -134,6 +135,7 @@ class Plan:
     axes: tuple[str, ...] = ()
     prediction: Prediction | None = None
     mapped: bool = False
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
@@ -153,6 +155,7 @@ class Plan:
             *(f"directions    {line}" for line in self.directions),
             f"rules         {', '.join(sorted(set(self.kernels) - set(self.slow))) or 'none'}",
         ]
+        lines += [f"kernel        {line}" for line in self.chosen]
         lines += [f"without rule  {name}: {way}" for name, way in sorted(self.slow.items())]
         lines += self.prediction.lines() if self.prediction else []
         return "\n".join(lines)

@@ -1,15 +1,17 @@
 """What a call would do, from one forward and no walk; and the same call again on other inputs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchjac import cost, memory
+from batchjac import chosen, cost, memory
 from batchjac.capture import Capture, capture
+from batchjac.choose import staged
+from batchjac.chosen import Pushed
 from batchjac.cost import Rates
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import MismatchError
@@ -18,7 +20,7 @@ from batchjac.job import Goal, Job, jobs, need, units
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
-from batchjac.route import Chain, Down, Forward, Reverse, Route, Up, passes
+from batchjac.route import Chain, Forward, Route, Up, passes, span
 from batchjac.rules import registry
 from batchjac.sink import size
 from batchjac.solve import solve
@@ -127,6 +129,8 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
         prediction=None if captured.hooked
         else _prediction(problem, work, captured.samples, chunk, results, result + used),
         mapped=mapped,
+        chosen=() if captured.hooked
+        else chosen.lines(node for job in work for node in _nodes(job, chunk, captured.samples)),
     )  # fmt: skip
 
 
@@ -189,20 +193,28 @@ def _pushed(route: Route, chain: Chain) -> int:
     """Multiply-adds of one sample in the rows and columns that a route pushes, joins aside."""
     total = 0.0
     for node in route:
-        rows, columns = chain.height(node.upper), chain.widths[node.lower]
-        match node:
-            case Reverse():
-                count, first, last = rows, node.upper, node.lower
-            case Forward():
-                count, first, last = columns, node.upper, node.lower
-            case Down():
-                count, first, last = rows, node.above.lower, node.lower
-            case Up():
-                count, first, last = columns, node.upper, node.below.upper
-            case _:
-                continue
-        total += count * sum(stage.work.multiply_adds for stage in chain.stages[first:last])
+        up = isinstance(node, Forward | Up)
+        count = chain.widths[node.lower] if up else chain.height(node.upper)
+        total += count * sum(chain.stages[k].work.multiply_adds for k in span(node))
     return round(total)
+
+
+def _nodes(job: Job, chunk: Chunk, captured: int) -> Iterator[Pushed]:
+    """Each node that something is pushed through, and how."""
+    samples = min(chunk.samples, job.problem.samples)
+    if job.root is not None and job.plain:
+        shared = job.seeds.entries.dim() == 1  # rows that are still the same for all samples
+        for step in job.graph.steps:
+            images = chunk.rows * (1 if shared else samples)
+            yield Pushed(step, False, images, captured)
+            shared = shared and (cost.constant(step) or not any(step.edges))
+    for choice in job.choices.values():
+        stages = staged(job.graph, choice.cuts)
+        for node in choice.route:
+            up = isinstance(node, Forward | Up)
+            width = choice.chain.widths[node.lower] if up else choice.chain.height(node.upper)
+            images = min(chunk.rows, width) * samples
+            yield from (Pushed(s, up, images, captured) for k in span(node) for s in stages[k])
 
 
 def _peak(rates: Rates) -> float:

@@ -184,16 +184,20 @@ class Held:
     units: int
 
 
-def _passed(route: Route, chain: Chain) -> tuple[Stage, ...]:
+def span(route: Route) -> range:
     """The stages that this step alone pushes something through."""
     match route:
         case Reverse() | Forward():
-            return chain.stages[route.upper : route.lower]
+            return range(route.upper, route.lower)
         case Down():
-            return chain.stages[route.above.lower : route.lower]
+            return range(route.above.lower, route.lower)
         case Up():
-            return chain.stages[route.upper : route.below.upper]
-    return ()
+            return range(route.upper, route.below.upper)
+    return range(0)
+
+
+def _passed(route: Route, chain: Chain) -> tuple[Stage, ...]:
+    return tuple(chain.stages[k] for k in span(route))
 
 
 def _result(route: Route, chain: Chain) -> int:
