@@ -10,6 +10,7 @@ what comes out with what is measured.
 import functools
 import math
 import mmap
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -83,7 +84,6 @@ class Rates:
     transposed: float  # toward the input
     thin: float  # a convolution of one channel, either way
     cached: float  # bytes read and written, entry by entry, in memory that is used again
-    streamed: float  # the same of blocks as large as a walk's may be
     copied: float  # bytes read and written in another order of axes
     scattered: float  # entries put to places that are looked up, zeros around them included
     fresh: float  # bytes written to new memory
@@ -128,7 +128,10 @@ class Work:
 # second: 1 channel 11, 2: 18, 3: 29, 6: 26, 16: 55 to 75, 32: 70 to 89, 64: 98.
 _FEW, _MANY = 1, 24
 _SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
-_LARGE = BLOCK  # bytes of a block from which the rate of large ones holds
+# The share of ``cached`` that is left for blocks as large as a walk's may be. It is not measured on
+# the machine, since that would take more memory than some are promised. Source: 24 to 32 GB/s for
+# ReLU, tanh and batch norm on blocks of 12 to 16 MB, where two MB are multiplied at 75.
+_LARGE = 0.4
 # Bytes of the largest result that is written where an earlier one was freed: larger ones come as
 # new pages every time. Source: mallopt(3), M_MMAP_THRESHOLD.
 _REUSED = 32 << 20
@@ -136,7 +139,7 @@ _REUSED = 32 << 20
 # proved to keep samples apart, memory is counted, rows are seeded. Source: tanh networks of 1 to 64
 # layers of 16 on one thread, 1.2 ms and 65 us more for each of its 3 to 129 nodes where a node of
 # the walk takes 17 us; GRU and encoder with 30 to 70 us for each of 425 and 78.
-_ASKED, _ASKED_OF_NODE = 60, 1.7
+_ASKED, _ASKED_OF_NODE = 60, 1.3
 
 
 # Calls of a join beside its product: both sides are graphs of their own, whose cut every path was
@@ -152,7 +155,7 @@ def asked(nodes: int, rates: Rates) -> float:
 
 def written(size: int, rates: Rates) -> float:
     """The time to write a result of so many bytes: a small one goes where the last one was."""
-    return size / (rates.streamed if size <= _REUSED else rates.fresh)
+    return size / (_LARGE * rates.cached if size <= _REUSED else rates.fresh)
 
 
 def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False) -> float:
@@ -178,8 +181,8 @@ def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False)
 
 def _byte(block: float, rates: Rates) -> float:
     """Seconds for a byte of blocks of this size, between those in the cache and large ones."""
-    share = min(1.0, block / _LARGE)
-    return (1 - share) / rates.cached + share / rates.streamed
+    share = min(1.0, block / BLOCK)
+    return (1 - share + share / _LARGE) / rates.cached
 
 
 def joined(
@@ -305,7 +308,7 @@ def _convolutions(step: Step) -> tuple[float, float]:
 # Orders of magnitude, to see what is too small for a plan without measuring anything.
 NOMINAL = Rates(
     product=1e11, small=2e10, batched=3e10, heads=2e10, convolution=1e11, transposed=5e10,
-    thin=1e10, cached=3e10, streamed=1.5e10, copied=1e10, scattered=1e9, fresh=4e9, call=1e-5,
+    thin=1e10, cached=3e10, copied=1e10, scattered=1e9, fresh=4e9, call=1e-5,
 )  # fmt: skip
 
 
@@ -350,19 +353,11 @@ def _memory_rates() -> dict[str, float]:
     pooled, places = _numbers(4, 64, 196), 4 * torch.arange(196).expand(4, 64, 196)
     return {
         "cached": 2 * x.nbytes / _best(lambda: torch.mul(x, y)),  # as a block: y is the node's own
-        "streamed": 2 * _LARGE / _streaming(),
         "copied": 2 * turned.nbytes / _best(turned.contiguous),
         "scattered": pooled.numel()
         / _best(lambda: pooled.new_zeros(4, 64, 784).scatter_(-1, places, pooled)),
         "fresh": _FRESH / _best(_touch),
     }
-
-
-def _streaming() -> float:
-    """Seconds to read and write a large block, in memory that is given back at once."""
-    with mmap.mmap(-1, 2 * _LARGE) as pages:
-        old, new = torch.frombuffer(pages, dtype=torch.float32).view(2, 4, -1)
-        return _best(lambda: torch.mul(old, 0.5, out=new))
 
 
 def _convolution_rates() -> dict[str, float]:
@@ -384,9 +379,16 @@ _RUNS, _MOMENT = 15, 0.01  # seconds
 _FRESH = 4 << 20  # bytes; all that is measured must be small beside any budget
 
 
+def _pages(size: int) -> mmap.mmap:
+    """New memory of this process alone, as malloc gets it: shared pages are slower to map."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def _touch() -> None:
     """Write to pages that the process did not have before."""
-    with mmap.mmap(-1, _FRESH) as pages:
+    with _pages(_FRESH) as pages:
         torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
