@@ -34,6 +34,7 @@ ORDER = (
     "answer",
     "calibration",
     "kernels",
+    "speed",
     "rules",
     "cost",
     "cuts",
