@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,7 +155,9 @@ def test_seconds_grow_with_rows_and_samples_and_are_never_none() -> None:
     assert joined(9, 9, 9, 99, 2, 4, NOMINAL) < joined(9, 9, 9, 99, 0, 4, NOMINAL)
 
 
-def test_rates_are_measured_and_plausible() -> None:
+def test_rates_are_measured_and_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost.rates.cache_clear()
     found = cost.rates(torch.get_num_threads(), True)
     for name in ("product", "small", "batched", "heads", "convolution", "transposed", "thin"):
         assert 1e5 < getattr(found, name) < 1e15, name

@@ -32,6 +32,7 @@ from batchjac.route import (
     cheapest,
     held,
     passes,
+    span,
 )
 from benchmarks.cases import CASES
 from tests.routes import planned
@@ -264,6 +265,14 @@ def test_passes_of_a_route() -> None:
     assert passes(Down(0, 3, 0.0, top), chain) == Passes(6 + 12, 0, 0)
     assert passes(Up(0, 3, 0.0, low), chain) == Passes(0, 2 + 4, 0)
     assert passes(Join(0, 3, 0.0, Down(0, 2, 0.0, top), low), chain) == Passes(12, 2, 6 * 3 * 2)
+
+
+def test_a_step_spans_what_it_alone_pushes_through() -> None:
+    top, low = Reverse(0, 1, 0.0), Forward(2, 3, 0.0)
+    assert [span(r) for r in (top, low)] == [range(1), range(2, 3)]
+    assert span(Down(0, 3, 0.0, top)) == range(1, 3)
+    assert span(Up(0, 3, 0.0, low)) == range(2)
+    assert len(span(Join(0, 3, 0.0, Down(0, 2, 0.0, top), low))) == len(span(Weight(0, 1, 0))) == 0
 
 
 # What it comes to on the cases of the design.
