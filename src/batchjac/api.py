@@ -165,8 +165,8 @@ def plan(
     Returns:
         What prints as a table: the axes in words; samples and rows in one go; each stage with its
         direction and why; the kernel of each kind of node that has several, as it was measured on
-        this machine or is to be; the nodes without a rule; passes, multiply-adds, bytes and seconds as
-        predicted, beside one backward pass for each output. Its ``plan`` holds the same as data.
+        this machine or is to be; the nodes without a rule; passes, multiply-adds, bytes and seconds
+        as predicted, beside one backward pass for each output. Its ``plan`` holds the same as data.
         Called with inputs of the same kind it is ``jacobian`` with the same options; inputs of
         another kind are refused with one line for each field that differs.
 
