@@ -23,23 +23,27 @@ FORMAT = 2  # of a file; another number where figures get another meaning
 FRESH = 24 * 3600.0  # seconds
 
 
+# A first measurement is good for a minute, each further one for ten times as long: one that other
+# programs disturbed, which may be off by a hundred where threads wait for each other, is soon
+# outdone. Source: two threads on two cores beside another program on both.
+FIRST, LONGER = 60.0, 10  # seconds, times
 # Choices in the file; the oldest go first. A network has some tens of different layers.
 MOST = 500
 
 
 def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """The figures called ``name``: from the last day, else measured now and kept.
+    """The figures called ``name``: measured lately, from a minute to a day, else now and kept.
 
     Of an old figure and a new one the larger is taken, since interference only slows what is
     measured; so figures must be rates, and not durations.
     """
     key, path = _place(name)
-    found, when = _read(path, key)
-    if found and _is_fresh(when):
+    found, when, runs = _read(path, key)
+    if found and _is_fresh(when, min(FRESH, FIRST * LONGER ** (runs - 1))):
         return found
     measured = measure()
     figures = {k: max(v, found.get(k, v)) for k, v in measured.items()}
-    _write(path, {"key": key, "when": time.time(), "figures": figures})
+    _write(path, {"key": key, "when": time.time(), "runs": runs + 1, "figures": figures})
     return figures
 
 
@@ -56,8 +60,8 @@ def choices(start: str) -> dict[str, str]:
     return {q: answer for q, (answer, when) in held if q.startswith(start) and _is_fresh(when)}
 
 
-def _is_fresh(when: float) -> bool:
-    return 0 <= time.time() - when < FRESH
+def _is_fresh(when: float, good_for: float = FRESH) -> bool:
+    return 0 <= time.time() - when < good_for
 
 
 def note(question: str, answer: str) -> None:
@@ -110,15 +114,16 @@ def folder() -> Path:
         return Path(os.devnull)
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, float], float]:
-    """The figures of a file and when they were measured; none where it is not such a file."""
+def _read(path: Path, key: str) -> tuple[dict[str, float], float, int]:
+    """The figures of a file, when they were measured and how often; none where it is no such."""
     try:
         held = json.loads(path.read_text())
         figures = {str(k): float(v) for k, v in held["figures"].items()}
+        runs = min(max(int(held.get("runs", 1)), 1), 9)
         usable = held["key"] == key and all(0 < v < math.inf for v in figures.values())
-        return (figures, float(held["when"])) if usable else ({}, 0.0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, 0.0
+        return (figures, float(held["when"]), runs) if usable else ({}, 0.0, 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return {}, 0.0, 0
 
 
 def _read_choices(path: Path, key: str) -> dict[str, tuple[str, float]]:
