@@ -46,9 +46,10 @@ _PASSES = {
 _OWN_FACTOR = 2
 # Calls of torch of a node, in those of a view or a product of two tensors, 25 us each. Source:
 # timed node by node on blocks of a few KB, one thread: 80 to 150 us for matrix products and splits,
-# 110 to 210 for pooling, 60 to 100 for norms, 30 operations in rules/attention.py.
+# 110 to 210 for pooling, 60 to 100 for norms, 8 for a sum, and 30 operations in
+# rules/attention.py.
 _CALLS = {
-    "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4, "Convolution": 4, "Split": 4,
+    "AddBackward": 0, "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4, "Convolution": 4, "Split": 4,
     "UnsafeSplit": 4, "Unbind": 4, "MaxPool": 4, "NativeLayerNorm": 3, "NativeGroupNorm": 3,
     "NativeBatchNorm": 3, "ScaledDotProduct": 30,
 }  # fmt: skip
@@ -71,8 +72,7 @@ _SCORE_PASSES, _HEAD_PASSES = 6, 6
 class Rates:
     """What this machine does in a second; ``call`` is the seconds that one node takes at least."""
 
-    product: float  # multiply-adds of a large matrix product
-    small: float  # of a small one
+    product: float  # multiply-adds of a matrix product; a small one takes its calls' time
     batched: float  # of a product of two matrices for each sample
     heads: float  # of narrow matrices for each head of each sample
     convolution: float  # toward the output
@@ -122,7 +122,6 @@ class Work:
 # layers with 1 to 64 channels in, 1 thread, the fastest kernel of each in 1e9 multiply-adds a
 # second: 1 channel 11, 2: 18, 3: 29, 6: 26, 16: 55 to 75, 32: 70 to 89, 64: 98.
 _FEW, _MANY = 1, 24
-_SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
 # The share of ``cached`` that is left for blocks as large as a walk's may be. It is not measured on
 # the machine, since that would take more memory than some are promised. Source: 24 to 32 GB/s for
 # ReLU, tanh and batch norm on blocks of 12 to 16 MB, where two MB are multiplied at 75.
@@ -156,14 +155,12 @@ def written(size: int, rates: Rates) -> float:
 def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False) -> float:
     """The time of ``rows`` through these nodes for so many samples, in chunks for the cache."""
     times = rows * samples
-    largest = times * work.products / max(1, work.calls)
-    products = rates.small if largest < _SMALL else rates.product
     convolutions = rates.convolution if up else rates.transposed
     moved = work.bytes if up else work.bytes + work.filled
-    block = times * moved / max(1, 2 * work.calls)  # a node reads one and writes one
+    block = times * moved / max(1, 2 * work.calls)  # one read and one written, if in one call
     chunks = max(1, math.ceil(block / BLOCK))
     return (
-        times * work.products / products
+        times * work.products / rates.product
         + times * work.heads / rates.heads
         + times * work.convolutions / convolutions
         + times * work.thin / rates.thin
@@ -190,8 +187,7 @@ def joined(
     each = rows * inner * columns * (1 if shared == 2 else samples)
     rate = rates.batched if shared == 0 else rates.product
     result = rows * columns * (1 if shared == 2 else samples) * itemsize
-    found = rates.small if each < _SMALL else rate
-    return float(each / found + result / rates.cached + _JOINED * rates.call)
+    return float(each / rate + result / rates.cached + _JOINED * rates.call)
 
 
 def work(steps: Iterable[Step], samples: int) -> Work:
@@ -302,7 +298,7 @@ def _convolutions(step: Step) -> tuple[float, float]:
 
 # Orders of magnitude, to see what is too small for a plan without measuring anything.
 NOMINAL = Rates(
-    product=1e11, small=2e10, batched=3e10, heads=2e10, convolution=1e11, transposed=5e10,
+    product=1e11, batched=3e10, heads=2e10, convolution=1e11, transposed=5e10,
     thin=1e10, cached=3e10, copied=1e10, scattered=1e9, fresh=4e9, call=1e-5,
 )  # fmt: skip
 

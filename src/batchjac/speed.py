@@ -26,12 +26,11 @@ def _numbers(*shape: int) -> Tensor:
 
 def products() -> dict[str, float]:
     """Multiply-adds a second of matrix products, and calls of a node a second."""
-    g, w, s = _numbers(512, 512), _numbers(512, 512), _numbers(64, 64)
+    g, w, s = _numbers(512, 512), _numbers(512, 512), _numbers(2, 64)
     a, b = _numbers(8, 256, 32), _numbers(8, 32, 256)
     q, k = _numbers(128, 160, 16), _numbers(128, 16, 32)  # 5 rows of 32 queries, 32 keys
     return {
         "product": g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
-        "small": s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
         "batched": a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
         "heads": q.numel() * k.shape[2] / _best(lambda: torch.bmm(q, k)),
         # a node is several operations and as much Python beside them
