@@ -198,7 +198,7 @@ def trees(chain: Chain, a: int, b: int) -> Iterator[tuple[float, bool]]:
     if all(s.forward for s in chain.stages[a:b]):
         yield step_price(chain, chain.widths[b], range(b - 1, a - 1, -1), True, True), False
     if b == a + 1 and chain.stages[a].weight:
-        yield 0.0, False
+        yield cost.read(RATES), False
     for k in range(a + 1, b):
         for above, joins in trees(chain, a, k):
             if all(s.reverse for s in chain.stages[k:b]):

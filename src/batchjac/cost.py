@@ -49,9 +49,9 @@ _OWN_FACTOR = 2
 # 110 to 210 for pooling, 60 to 100 for norms, 8 for a sum, and 30 operations in
 # rules/attention.py.
 _CALLS = {
-    "AddBackward": 0, "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4, "Convolution": 4, "Split": 4,
-    "UnsafeSplit": 4, "Unbind": 4, "MaxPool": 4, "NativeLayerNorm": 3, "NativeGroupNorm": 3,
-    "NativeBatchNorm": 3, "ScaledDotProduct": 30,
+    "AddBackward": 0, "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4,
+    "Convolution": 4, "Split": 4, "UnsafeSplit": 4, "Unbind": 4, "MaxPool": 4,
+    "NativeLayerNorm": 3, "NativeGroupNorm": 3, "NativeBatchNorm": 3, "ScaledDotProduct": 30,
 }  # fmt: skip
 # Views of the forward whose transpose writes zeros around, or several pieces into one.
 _FILLING = (
@@ -140,6 +140,11 @@ _ASKED, _ASKED_OF_NODE = 60, 1.3
 # proved to pass, and are looked at for what is not finite. Source: the deep network of the suite, 8
 # ms more for 7 joins.
 _JOINED = 40
+
+
+def read(rates: Rates) -> float:
+    """The time to take a linear layer's weight: that of calling it, its arithmetic aside."""
+    return _CALLS["Mm"] * rates.call
 
 
 def asked(nodes: int, rates: Rates) -> float:
