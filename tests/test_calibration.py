@@ -61,6 +61,30 @@ def test_after_a_day_the_better_of_both_is_kept(
     assert remembered("one", clock) == {"rate": 3.0}
 
 
+def test_a_disturbed_measurement_is_soon_outdone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    now = calibration.time.time()
+
+    def after(seconds: float) -> dict[str, float]:
+        monkeypatch.setattr(calibration.time, "time", lambda: now + seconds)
+        return remembered("one", clock)
+
+    assert after(0) == after(59) == {"rate": 2.0}
+    assert clock.measured == 1
+    clock.rate = 200.0
+    assert after(61) == {"rate": 200.0}
+    assert after(660) == {"rate": 200.0}  # good for ten minutes
+    assert clock.measured == 2
+    clock.rate = 1.0
+    assert after(662) == {"rate": 200.0}
+    assert after(662 + 5999) == {"rate": 200.0}
+    for k in range(2, 9):
+        assert after(k * FRESH) == after((k + 0.1) * FRESH) == {"rate": 200.0}
+    assert clock.measured == 3 + 7
+
+
 @pytest.mark.parametrize(
     "text",
     [

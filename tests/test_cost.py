@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +44,8 @@ def test_multiply_adds_of_products() -> None:
     w = torch.ones(9, 4, dtype=F64)
     assert work(lambda x: w @ x, 4, 5).products == 9 * 4 * 5
     # scores of 6 positions by 6, their sum of values, and both again toward what was multiplied
-    heads = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
-    assert heads.products == 4 * 2 * 6 * 6 * 8
+    attention = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
+    assert attention.heads == attention.multiply_adds == 4 * 2 * 6 * 6 * 8
 
 
 def test_multiply_adds_of_convolutions() -> None:
@@ -61,8 +63,56 @@ def test_multiply_adds_of_convolutions() -> None:
 
 
 def test_bytes_and_calls() -> None:
-    assert work(torch.sin, 10) == Work(bytes=2 * 10 * 8, calls=1)
+    # read and written, and the cosine that is the factor as well
+    assert work(torch.sin, 10) == Work(bytes=2 * 2 * 10 * 8, calls=1)
+    assert work(lambda x: x + 1, 10) == Work(bytes=2 * 10 * 8)
+    assert work(torch.neg, 10) == Work(bytes=2 * 10 * 8, calls=1)
     assert work(lambda x: x.view(N, 2, 5), 10) == Work(calls=1)
+
+
+def test_views_move_nothing_unless_they_must() -> None:
+    # rows arrive with their axes in another order, which a view of other axes cannot keep
+    turned = work(lambda x: x.view(N, 2, 6).transpose(1, 2), 12)
+    assert turned == Work(copied=2 * 12 * 8, calls=2)
+    kept = work(lambda x: x.view(N, 2, 6), 12)
+    assert kept.copied == 0
+    # one of three: what it was cut from is zero elsewhere, on the way down
+    piece = work(lambda x: x[:, 3:7], 12)
+    assert piece.filled == 4 * 8 + 12 * 8
+    assert piece.bytes == 0
+    assert seconds(piece, 5, N, NOMINAL) > seconds(piece, 5, N, NOMINAL, up=True)
+
+
+def test_pooling_scatters_and_attention_has_scores() -> None:
+    pool = work(lambda x: F.max_pool2d(x, 2), 2, 8, 8)
+    assert pool.scattered == 2 * 4 * 4
+    assert pool.bytes == 2 * 8 * 8 * 8 + 2 * 4 * 4 * (8 + 8)
+    few = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 6, 8)
+    many = work(lambda x: F.scaled_dot_product_attention(x, x, x), 2, 12, 8)
+    assert many.heads == 4 * few.heads
+    assert many.bytes - 2 * few.bytes == 6 * 8 * (2 * 12 * 12 - 2 * 2 * 6 * 6)
+    assert many.copied == 2 * few.copied
+
+
+@pytest.mark.parametrize(
+    "kind", ["products", "convolutions", "thin", "bytes", "calls", "heads", "filled", "copied",
+             "scattered"],
+)  # fmt: skip
+def test_every_kind_of_work_takes_time(kind: str) -> None:
+    some = Work(**{kind: 10**9})  # type: ignore[arg-type]
+    assert seconds(some, 1, 1, NOMINAL) > 9e-3
+    twice = some + some
+    assert getattr(twice, kind) == 2 * 10**9
+    assert seconds(twice, 1, 1, NOMINAL) == pytest.approx(2 * seconds(some, 1, 1, NOMINAL), rel=0.3)
+
+
+def test_large_blocks_and_results_take_longer_for_each_byte() -> None:
+    one = Work(bytes=2e3, calls=1)
+    rates = replace(NOMINAL, call=0.0)
+    small, large = seconds(one, 10, 10, rates), seconds(one, 100, 100, rates)
+    assert 1.5 * 100 * small < large
+    assert cost.written(64 << 20, rates) > 3 * 2 * cost.written(32 << 20, rates)
+    assert cost.asked(0, NOMINAL) < cost.asked(100, NOMINAL)
 
 
 CONSTANT: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
@@ -106,11 +156,17 @@ def test_seconds_grow_with_rows_and_samples_and_are_never_none() -> None:
     assert joined(9, 9, 9, 99, 2, 4, NOMINAL) < joined(9, 9, 9, 99, 0, 4, NOMINAL)
 
 
-def test_rates_are_measured_and_plausible() -> None:
+def test_rates_are_measured_and_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost.rates.cache_clear()
     found = cost.rates(torch.get_num_threads(), True)
-    for name in ("product", "small", "batched", "convolution", "transposed", "thin"):
+    for name in ("product", "batched", "heads", "convolution", "transposed", "thin"):
         assert 1e5 < getattr(found, name) < 1e15, name
-    assert found.cached > found.fresh / 10 > 1e5
+        assert getattr(found, name) != getattr(NOMINAL, name), name
+    for name in ("cached", "copied", "scattered", "fresh"):
+        assert 1e5 < getattr(found, name) < 1e15, name
+        assert getattr(found, name) != getattr(NOMINAL, name), name
+    assert found.cached > found.fresh / 10
     assert 0 < found.call < 0.1
     assert math.isfinite(found.call)
     assert cost.rates(torch.get_num_threads(), True) is found

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from batchjac import doctor
+from batchjac import calibration, doctor, kernels
 from batchjac.api import jacobian
 from batchjac.rules import registry
 
@@ -192,3 +193,22 @@ def test_it_runs_without_the_command_line():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "models agree" in done.stdout
+
+
+def test_kernels_that_were_measured_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration._choices.cache_clear()
+    kernels.fastest.cache_clear()
+    for k, name in enumerate(("columns", "posed", "columns")):
+        calibration.note(f"Convolution {k}", name)
+    found = {finding.name: finding.detail for finding in doctor.products()}
+    assert found["matrix product"] in kernels.LINEAR
+    assert found["convolutions"] == (
+        "3 shapes measured in a day; product and shifted adds 2; transposed convolution 1"
+    )
+    assert found["kept in"] == str(tmp_path / "batchjac")
+    text = page()[1]
+    assert f"kept in                   {tmp_path / 'batchjac'}" in text
+    calibration._choices.cache_clear()

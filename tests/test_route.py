@@ -32,6 +32,7 @@ from batchjac.route import (
     cheapest,
     held,
     passes,
+    span,
 )
 from benchmarks.cases import CASES
 from tests.routes import planned
@@ -155,7 +156,11 @@ def chains(draw: st.DrawFn) -> Chain:
     stages = []
     for a, b in itertools.pairwise(widths):
         weight = draw(st.booleans())
-        work = Work(products=a * b, bytes=4.0 * (a + b), calls=draw(st.integers(1, 3)))
+        some = st.sampled_from([0.0, 1.0 * a * b])
+        work = Work(
+            products=a * b, bytes=4.0 * (a + b), calls=draw(st.integers(1, 3)),
+            heads=draw(some), filled=draw(some), copied=draw(some), scattered=draw(some),
+        )  # fmt: skip
         stages.append(
             Stage(
                 work,
@@ -193,7 +198,7 @@ def trees(chain: Chain, a: int, b: int) -> Iterator[tuple[float, bool]]:
     if all(s.forward for s in chain.stages[a:b]):
         yield step_price(chain, chain.widths[b], range(b - 1, a - 1, -1), True, True), False
     if b == a + 1 and chain.stages[a].weight:
-        yield 0.0, False
+        yield cost.read(RATES), False
     for k in range(a + 1, b):
         for above, joins in trees(chain, a, k):
             if all(s.reverse for s in chain.stages[k:b]):
@@ -260,6 +265,14 @@ def test_passes_of_a_route() -> None:
     assert passes(Down(0, 3, 0.0, top), chain) == Passes(6 + 12, 0, 0)
     assert passes(Up(0, 3, 0.0, low), chain) == Passes(0, 2 + 4, 0)
     assert passes(Join(0, 3, 0.0, Down(0, 2, 0.0, top), low), chain) == Passes(12, 2, 6 * 3 * 2)
+
+
+def test_a_step_spans_what_it_alone_pushes_through() -> None:
+    top, low = Reverse(0, 1, 0.0), Forward(2, 3, 0.0)
+    assert [span(r) for r in (top, low)] == [range(1), range(2, 3)]
+    assert span(Down(0, 3, 0.0, top)) == range(1, 3)
+    assert span(Up(0, 3, 0.0, low)) == range(2)
+    assert len(span(Join(0, 3, 0.0, Down(0, 2, 0.0, top), low))) == len(span(Weight(0, 1, 0))) == 0
 
 
 # What it comes to on the cases of the design.

@@ -1,9 +1,11 @@
 """What this machine was measured to do, kept from process to process.
 
-One small JSON file for each question, machine, torch and number of threads, in the user's cache
-folder. It holds numbers alone; one that cannot be read or written is as good as none.
+Small JSON files for each machine, torch and number of threads, in the user's cache folder: one for
+each set of rates, and one for the names of the kernels that won. They hold numbers and names
+alone; one that cannot be read or written is as good as none.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -16,25 +18,72 @@ from pathlib import Path
 
 import torch
 
+FORMAT = 2  # of a file; another number where figures get another meaning
 # Other programs, cooling and updates change what a machine does.
 FRESH = 24 * 3600.0  # seconds
 
 
+# A first measurement is good for a minute, each further one for ten times as long: one that other
+# programs disturbed, which may be off by a hundred where threads wait for each other, is soon
+# outdone. Source: two threads on two cores beside another program on both.
+FIRST, LONGER = 60.0, 10  # seconds, times
+# Choices in the file; the oldest go first. A network has some tens of different layers.
+MOST = 500
+
+
 def remembered(name: str, measure: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """The figures called ``name``: from the last day, else measured now and kept.
+    """The figures called ``name``: measured lately, from a minute to a day, else now and kept.
 
     Of an old figure and a new one the larger is taken, since interference only slows what is
     measured; so figures must be rates, and not durations.
     """
-    key = f"{name}; {_machine()}"
-    path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    found, when = _read(path, key)
-    if found and 0 <= time.time() - when < FRESH:
+    key, path = _place(name)
+    found, when, runs = _read(path, key)
+    if found and _is_fresh(when, min(FRESH, FIRST * LONGER ** (runs - 1))):
         return found
     measured = measure()
     figures = {k: max(v, found.get(k, v)) for k, v in measured.items()}
-    _write(path, {"key": key, "when": time.time(), "figures": figures})
+    _write(path, {"key": key, "when": time.time(), "runs": runs + 1, "figures": figures})
     return figures
+
+
+def recalled(question: str) -> str | None:
+    """What was chosen for this question on the last day, by this process or another."""
+    key, path = _place("choices")
+    answer, when = _choices(key, path).get(question, ("", 0.0))
+    return answer if _is_fresh(when) else None
+
+
+def choices(start: str) -> dict[str, str]:
+    """All questions of the last day that start so, and their answers."""
+    held = _choices(*_place("choices")).items()
+    return {q: answer for q, (answer, when) in held if q.startswith(start) and _is_fresh(when)}
+
+
+def _is_fresh(when: float, good_for: float = FRESH) -> bool:
+    return 0 <= time.time() - when < good_for
+
+
+def note(question: str, answer: str) -> None:
+    """Keep a choice for this process and the next; also what others have kept meanwhile."""
+    key, path = _place("choices")
+    held = _choices(key, path)
+    held |= {**_read_choices(path, key), **held, question: (answer, time.time())}
+    for old in sorted(held, key=lambda q: held[q][1])[:-MOST]:
+        del held[old]
+    _write(path, {"key": key, "choices": held})
+
+
+@functools.lru_cache(maxsize=8)  # a few numbers of threads
+def _choices(key: str, path: Path) -> dict[str, tuple[str, float]]:
+    """The choices of a file, read once in a process, and what this one adds to them."""
+    return _read_choices(path, key)
+
+
+def _place(name: str) -> tuple[str, Path]:
+    """What a file is about, and where it is."""
+    key = f"{name} {FORMAT}; {_machine()}"
+    return key, folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _machine() -> str:
@@ -44,6 +93,7 @@ def _machine() -> str:
     )
 
 
+@functools.cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -52,7 +102,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Where the system keeps what can be made again."""
     given = os.environ.get("XDG_CACHE_HOME")
     if given:
@@ -64,15 +114,27 @@ def _folder() -> Path:
         return Path(os.devnull)
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, float], float]:
-    """The figures of a file and when they were measured; none where it is not such a file."""
+def _read(path: Path, key: str) -> tuple[dict[str, float], float, int]:
+    """The figures of a file, when they were measured and how often; none where it is no such."""
     try:
         held = json.loads(path.read_text())
         figures = {str(k): float(v) for k, v in held["figures"].items()}
+        runs = min(max(int(held.get("runs", 1)), 1), 9)
         usable = held["key"] == key and all(0 < v < math.inf for v in figures.values())
-        return (figures, float(held["when"])) if usable else ({}, 0.0)
+        return (figures, float(held["when"]), runs) if usable else ({}, 0.0, 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return {}, 0.0, 0
+
+
+def _read_choices(path: Path, key: str) -> dict[str, tuple[str, float]]:
+    """The choices of a file and when they were made; none where it is not such a file."""
+    try:
+        held = json.loads(path.read_text())
+        found = {str(q): (answer, float(when)) for q, (answer, when) in held["choices"].items()}
+        usable = held["key"] == key and all(type(answer) is str for answer, _ in found.values())
+        return found if usable else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, 0.0
+        return {}
 
 
 def _write(path: Path, held: Mapping[str, object]) -> None:

@@ -173,7 +173,7 @@ def _choose(
     forecast = Forecast(
         chain, route, names,
         plain=apart if plain is None else plain.seconds,
-        finish=n * width * chain.widths[-1] * chain.itemsize / rates.fresh,
+        finish=cost.written(n * width * chain.widths[-1] * chain.itemsize, rates),
     )  # fmt: skip
     gains = MARGIN * forecast.seconds < forecast.plain + forecast.finish
     taken = mode != "auto" or (gains and hash(forecast) not in _declined)
@@ -215,7 +215,7 @@ def _chain(
     n, last = seeds.output[0], len(found) - 1
     widths = tuple(_entries(slot, shared and k == last) for k, slot in enumerate(found))
     stages, names = [], []
-    for k, steps in enumerate(_staged(graph, found)):
+    for k, steps in enumerate(staged(graph, found)):
         part = Graph(tuple(steps), frozenset({found[k + 1]}))
         crossing = shared and k + 1 == last
         need = memory.need(
@@ -242,7 +242,7 @@ def _chain(
     return Chain(widths, tuple(stages), n, seeds.width, own, size), tuple(names)
 
 
-def _staged(graph: Graph, found: tuple[Slot, ...]) -> list[list[Step]]:
+def staged(graph: Graph, found: tuple[Slot, ...]) -> list[list[Step]]:
     """The steps of each stage; what comes after a cut in topological order lies below it."""
     stages: list[list[Step]] = []
     starts = set(found[:-1])

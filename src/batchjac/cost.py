@@ -1,24 +1,22 @@
 """Seconds of a stage, from its shapes and from what this machine was measured to do.
 
-    seconds = products / rate + convolutions / rate + bytes / bandwidth + calls * overhead
+    seconds = sum over kinds of work: amount / rate + calls * overhead
 
-Nothing of the user's model runs here. Rates are measured once a day, on random numbers.
+The kinds are those of ``Work``: each has a rate of its own in ``Rates``, measured once a day on
+random numbers. Nothing of the user's model runs here. ``python -m benchmarks.prediction`` compares
+what comes out with what is measured.
 """
 
 import functools
 import math
-import mmap
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from batchjac import kernels
+from batchjac import speed
 from batchjac.calibration import remembered
-from batchjac.graph import Meta, Step
-from batchjac.kernels import Convolution
+from batchjac.graph import Meta, Slot, Step
 from batchjac.memory import BLOCK, VIEWS
 
 # Which edge is which factor of ``nk,ko->no``; another edge is added to the product.
@@ -37,17 +35,52 @@ _CONSTANT = frozenset({
 })  # fmt: skip
 
 
+# Passes over what flows through a node, where one read and one write are not all. A norm's backward
+# sums each row twice, then reads it again; softmax multiplies, sums, subtracts and multiplies.
+# Source: counted in rules/norm.py and rules/softmax.py.
+_PASSES = {
+    "NativeLayerNormBackward0": 5, "NativeGroupNormBackward0": 5, "SoftmaxBackward0": 3,
+    "LogSoftmaxBackward0": 3,
+}  # fmt: skip
+# An entry-wise node makes its factor from what was saved, in every walk, and then multiplies.
+_OWN_FACTOR = 2
+# Calls of torch of a node, in those of a view or a product of two tensors, 25 us each. Source:
+# timed node by node on blocks of a few KB, one thread: 80 to 150 us for matrix products and splits,
+# 110 to 210 for pooling, 60 to 100 for norms, 8 for a sum, and 30 operations in
+# rules/attention.py.
+_CALLS = {
+    "AddBackward": 0, "Mm": 4, "Addmm": 4, "Bmm": 4, "Baddbmm": 4, "Addbmm": 4,
+    "Convolution": 4, "Split": 4, "UnsafeSplit": 4, "Unbind": 4, "MaxPool": 4,
+    "NativeLayerNorm": 3, "NativeGroupNorm": 3, "NativeBatchNorm": 3, "ScaledDotProduct": 30,
+}  # fmt: skip
+# Views of the forward whose transpose writes zeros around, or several pieces into one.
+_FILLING = (
+    "SelectBackward", "SliceBackward", "Split", "UnsafeSplit", "Unbind", "Chunk", "Diagonal",
+    "AsStrided", "Unfold",
+)  # fmt: skip
+# What leaves rows in another order in memory than that of their axes, and what then copies them.
+_TURNS = ("TransposeBackward", "PermuteBackward", "TBackward")
+_JOINS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "CloneBackward")
+_POOLS = ("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool")
+# Scores are written, shifted and scaled in place, and read by two products: six passes. What
+# comes is put in order and multiplied by the output; three products come out.
+# Source: rules/attention.py, ``_change`` and ``_products``.
+_SCORE_PASSES, _HEAD_PASSES = 6, 6
+
+
 @dataclass(frozen=True)
 class Rates:
     """What this machine does in a second; ``call`` is the seconds that one node takes at least."""
 
-    product: float  # multiply-adds of a large matrix product
-    small: float  # of a small one
+    product: float  # multiply-adds of a matrix product; a small one takes its calls' time
     batched: float  # of a product of two matrices for each sample
+    heads: float  # of narrow matrices for each head of each sample
     convolution: float  # toward the output
     transposed: float  # toward the input
-    thin: float  # a convolution of few channels, either way
+    thin: float  # a convolution of one channel, either way
     cached: float  # bytes read and written, entry by entry, in memory that is used again
+    copied: float  # bytes read and written in another order of axes
+    scattered: float  # entries put to places that are looked up, zeros around them included
     fresh: float  # bytes written to new memory
     call: float
 
@@ -60,7 +93,11 @@ class Work:
     convolutions: float = 0.0  # multiply-adds at the rate of many channels
     thin: float = 0.0  # and at that of few
     bytes: float = 0.0
-    calls: int = 0
+    calls: int = 0  # of torch, for all rows and samples of a chunk
+    heads: float = 0.0  # multiply-adds of attention
+    filled: float = 0.0  # bytes that are written on the way down alone
+    copied: float = 0.0  # bytes, into another order
+    scattered: float = 0.0  # entries
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -69,28 +106,80 @@ class Work:
             self.thin + other.thin,
             self.bytes + other.bytes,
             self.calls + other.calls,
+            self.heads + other.heads,
+            self.filled + other.filled,
+            self.copied + other.copied,
+            self.scattered + other.scattered,
         )
 
+    @property
+    def multiply_adds(self) -> float:
+        """Of all kinds."""
+        return self.products + self.heads + self.convolutions + self.thin
 
-_FEW, _MANY = 4, 32  # channels
-_SMALL = 1 << 19  # multiply-adds of a call below which the rate of small products holds
+
+# Channels of the narrower side. From about 24 on a convolution is as fast as it gets. Source: 15
+# layers with 1 to 64 channels in, 1 thread, the fastest kernel of each in 1e9 multiply-adds a
+# second: 1 channel 11, 2: 18, 3: 29, 6: 26, 16: 55 to 75, 32: 70 to 89, 64: 98.
+_FEW, _MANY = 1, 24
+# The share of ``cached`` that is left for blocks as large as a walk's may be. It is not measured on
+# the machine, since that would take more memory than some are promised. Source: 24 to 32 GB/s for
+# ReLU, tanh and batch norm on blocks of 12 to 16 MB, where two MB are multiplied at 75.
+_LARGE = 0.4
+# Bytes of the largest result that is written where an earlier one was freed: larger ones come as
+# new pages every time. Source: mallopt(3), M_MMAP_THRESHOLD.
+_REUSED = 32 << 20
+# A call around its walk, in calls of a node: the graph is recorded, pruned, searched for cuts and
+# proved to keep samples apart, memory is counted, rows are seeded. Source: tanh networks of 1 to 64
+# layers of 16 on one thread, 1.2 ms and 65 us more for each of its 3 to 129 nodes where a node of
+# the walk takes 17 us; GRU and encoder with 30 to 70 us for each of 425 and 78.
+_ASKED, _ASKED_OF_NODE = 60, 1.3
+
+
+# Calls of a join beside its product: both sides are graphs of their own, whose cut every path was
+# proved to pass, and are looked at for what is not finite. Source: the deep network of the suite, 8
+# ms more for 7 joins.
+_JOINED = 40
+
+
+def read(rates: Rates) -> float:
+    """The time to take a linear layer's weight: that of calling it, its arithmetic aside."""
+    return _CALLS["Mm"] * rates.call
+
+
+def asked(nodes: int, rates: Rates) -> float:
+    """The time of a call that is none of its walk's, for a graph of so many nodes."""
+    return (_ASKED + _ASKED_OF_NODE * nodes) * rates.call
+
+
+def written(size: int, rates: Rates) -> float:
+    """The time to write a result of so many bytes: a small one goes where the last one was."""
+    return size / (_LARGE * rates.cached if size <= _REUSED else rates.fresh)
 
 
 def seconds(work: Work, rows: int, samples: int, rates: Rates, up: bool = False) -> float:
     """The time of ``rows`` through these nodes for so many samples, in chunks for the cache."""
     times = rows * samples
-    largest = times * work.products / max(1, work.calls)
-    products = rates.small if largest < _SMALL else rates.product
     convolutions = rates.convolution if up else rates.transposed
-    block = times * work.bytes / max(1, 2 * work.calls)  # a node reads one and writes one
+    moved = work.bytes if up else work.bytes + work.filled
+    block = times * moved / max(1, 2 * work.calls)  # one read and one written, if in one call
     chunks = max(1, math.ceil(block / BLOCK))
     return (
-        times * work.products / products
+        times * work.products / rates.product
+        + times * work.heads / rates.heads
         + times * work.convolutions / convolutions
         + times * work.thin / rates.thin
-        + times * work.bytes / rates.cached
+        + times * moved * _byte(block / chunks, rates)
+        + times * work.copied / rates.copied
+        + times * work.scattered / rates.scattered
         + chunks * work.calls * rates.call
     )
+
+
+def _byte(block: float, rates: Rates) -> float:
+    """Seconds for a byte of blocks of this size, between those in the cache and large ones."""
+    share = min(1.0, block / BLOCK)
+    return (1 - share + share / _LARGE) / rates.cached
 
 
 def joined(
@@ -102,24 +191,66 @@ def joined(
     """
     each = rows * inner * columns * (1 if shared == 2 else samples)
     rate = rates.batched if shared == 0 else rates.product
-    written = rows * columns * (1 if shared == 2 else samples) * itemsize
-    found = rates.small if each < _SMALL else rate
-    return float(each / found + written / rates.cached + rates.call)
+    result = rows * columns * (1 if shared == 2 else samples) * itemsize
+    return float(each / rate + result / rates.cached + _JOINED * rates.call)
 
 
 def work(steps: Iterable[Step], samples: int) -> Work:
     """What these nodes do for one row of one sample, in either direction."""
     total = Work()
+    turned: set[Slot] = set()  # whose rows come in another order in memory
     for step in steps:
-        edges = [e for e in step.edges if e is not None]
-        if not edges:
-            continue
-        moved = 0
-        if not VIEWS.fullmatch(step.name):
-            moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in edges)
-        many, few = _convolutions(step)
-        total += Work(_products(step) / samples, many / samples, few / samples, moved / samples, 1)
+        if any(step.edges):
+            total += _of_node(step, samples, (step.node, 0) in turned)
+            _turn(step, turned)
     return total
+
+
+def _turn(step: Step, turned: set[Slot]) -> None:
+    """Note whether the node's rows arrive in another order; those before it keep theirs."""
+    keeps = (step.node, 0) in turned and not step.name.startswith(_JOINS)
+    if step.name.startswith(_TURNS) or (keeps and VIEWS.fullmatch(step.name)):
+        turned.update((e.node, e.slot) for e in step.edges if e is not None)
+
+
+def _of_node(step: Step, samples: int, turned: bool) -> Work:
+    """What one node does for one row of one of these samples."""
+    moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in step.edges if e)
+    filled = copied = heads = scattered = 0
+    many, few = _convolutions(step)
+    if step.name.startswith(_FILLING):
+        moved, filled = 0, moved
+    elif turned and step.name.startswith(_JOINS):
+        moved, copied = 0, moved
+    elif VIEWS.fullmatch(step.name):
+        moved = 0
+    elif step.name.startswith(_POOLS):
+        # zeros are written and cotangents read, each with a place of eight bytes
+        moved, scattered = moved + 8 * math.prod(step.shape), math.prod(step.shape)
+    elif step.name.startswith(_ATTENTION):
+        heads = _heads(step)
+        scores = heads // 4 // step.shape[-1] * step.outputs[0].dtype.itemsize
+        own = _bytes(step.outputs[0])
+        moved, copied = _HEAD_PASSES * own + _SCORE_PASSES * scores, 2 * own
+    elif not constant(step):
+        moved *= _PASSES.get(step.name, 1 if step.name in _FACTORS else _OWN_FACTOR)
+    many, few = _convolutions(step)
+    return Work(
+        products=_products(step) / samples,
+        convolutions=many / samples,
+        thin=few / samples,
+        bytes=moved / samples,
+        calls=_calls(step.name),
+        heads=heads / samples,
+        filled=filled / samples,
+        copied=copied / samples,
+        scattered=scattered / samples,
+    )
+
+
+@functools.cache
+def _calls(name: str) -> int:
+    return next((n for kind, n in _CALLS.items() if name.startswith(kind)), 1)
 
 
 def constant(step: Step) -> bool:
@@ -137,16 +268,19 @@ def _bytes(meta: Meta) -> int:
 
 
 def _products(step: Step) -> int:
-    """Multiply-adds for one row: of a matrix product toward each wanted factor, of attention."""
-    if step.name.startswith(_ATTENTION):
-        # scores, and the values they weigh, forth and back
-        return 4 * math.prod(step.shape) * step.shape[-2]
+    """Multiply-adds of a matrix product for one row, toward each wanted factor."""
     total = 0
     for side, k in enumerate(_FACTORS.get(step.name, ())):
         edge = step.wanted(k)
         if edge is not None:
             total += math.prod(edge.shape) * step.shape[-1 if side == 0 else -2]
     return total
+
+
+def _heads(step: Step) -> int:
+    """Multiply-adds of attention for one row: scores, and the values they weigh, forth and back."""
+    keys = step.saved("key").shape[-2] if step.has("key") else step.shape[-2]
+    return 4 * math.prod(step.shape) * int(keys)
 
 
 def _convolutions(step: Step) -> tuple[float, float]:
@@ -168,7 +302,10 @@ def _convolutions(step: Step) -> tuple[float, float]:
 
 
 # Orders of magnitude, to see what is too small for a plan without measuring anything.
-NOMINAL = Rates(1e11, 2e10, 3e10, 1e11, 5e10, 1e10, 1e10, 4e9, 1e-5)
+NOMINAL = Rates(
+    product=1e11, batched=3e10, heads=2e10, convolution=1e11, transposed=5e10,
+    thin=1e10, cached=3e10, copied=1e10, scattered=1e9, fresh=4e9, call=1e-5,
+)  # fmt: skip
 
 
 @functools.cache
@@ -181,71 +318,7 @@ def rates(threads: int, convolutions: bool = True) -> Rates:
     """
     assert threads == torch.get_num_threads()
     with torch.no_grad():
-        figures = remembered("products", _products_rates)
+        figures = remembered("products", speed.products) | remembered("memory", speed.memory)
         if convolutions:
-            figures |= remembered("convolutions", _convolution_rates)
+            figures |= remembered("convolutions", speed.convolutions)
         return replace(NOMINAL, call=1 / figures.pop("calls"), **figures)
-
-
-def _numbers(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-
-def _products_rates() -> dict[str, float]:
-    g, w, s = _numbers(512, 512), _numbers(512, 512), _numbers(64, 64)
-    a, b = _numbers(8, 256, 32), _numbers(8, 32, 256)
-    x, y = _numbers(1 << 19), _numbers(1 << 19)
-    return {
-        "product": g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
-        "small": s.numel() * len(s) / _best(lambda: kernels.linear(s, s)),
-        "batched": a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
-        "cached": 3 * x.nbytes / _best(lambda: torch.mul(x, y)),
-        "fresh": _FRESH / _best(_touch),
-        # a node is several operations and as much Python beside them
-        "calls": 1 / (8 * _best(lambda: torch.mul(s[:2], s[:2]))),
-    }
-
-
-def _convolution_rates() -> dict[str, float]:
-    layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
-
-    def rate(channels: int, size: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
-        images, taps = _numbers(4, channels, size, size), _numbers(channels, channels, 3, 3)
-        return images.numel() * taps[0].numel() / _best(lambda: kernel(images, taps))
-
-    def down(g: Tensor, w: Tensor) -> Tensor:
-        return kernels.posed(g, w, list(g.shape), layer)
-
-    def up(x: Tensor, w: Tensor) -> Tensor:
-        return torch.conv2d(x, w, padding=1)
-
-    return {
-        "convolution": rate(_MANY, 24, up),
-        "transposed": rate(_MANY, 24, down),
-        "thin": rate(_FEW, 32, down),
-    }
-
-
-_RUNS, _MOMENT = 15, 0.01  # seconds
-_FRESH = 4 << 20  # bytes; all that is measured must be small beside any budget
-
-
-def _touch() -> None:
-    """Write to pages that the process did not have before."""
-    with mmap.mmap(-1, _FRESH) as pages:
-        torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
-
-
-def _best(run: Callable[[], object]) -> float:
-    """The shortest of a few runs, as many as fit into a moment: interference only lengthens one."""
-    run()
-    least, until = math.inf, time.perf_counter() + _MOMENT
-    for _ in range(_RUNS):
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        least = min(least, now - start)
-        if now > until:
-            break
-    return max(least, 1e-9)

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchjac import memory
+from batchjac import calibration, chosen, kernels, memory
 from batchjac.api import jacobian
 from batchjac.engines import reference
 from batchjac.rules import registry
@@ -298,6 +299,7 @@ def run(write: Callable[[str], object] = print, engine: Engine = jacobian) -> in
         ("versions", versions()),
         ("machine", machine()),
         ("torch features", [*ground(), _rules()]),
+        ("kernels", products()),
     ):
         write(title)
         for finding in findings:
@@ -317,6 +319,19 @@ def run(write: Callable[[str], object] = print, engine: Engine = jacobian) -> in
         else f"all {len(verdicts)} models agree"
     )
     return 1 if failed else 0
+
+
+def products() -> list[Finding]:
+    """What was measured to be fastest here, and where that is kept for other processes."""
+    kernels.fastest()
+    layers = calibration.choices("Convolution")
+    counts = Counter(chosen.CONVOLUTIONS.get(name, name) for name in layers.values())
+    each = "; ".join(f"{name} {count}" for name, count in counts.most_common())
+    return [
+        Finding("matrix product", kernels.chosen_linear() or kernels.LINEAR[0]),
+        Finding("convolutions", f"{len(layers)} shapes measured in a day{each and '; '}{each}"),
+        Finding("kept in", str(calibration.folder())),
+    ]
 
 
 def _rules() -> Finding:

@@ -1,4 +1,4 @@
-"""Which kernel computes a product: chosen by measuring, once in a process.
+"""Which kernel computes a product: chosen by measuring, once a day on each machine.
 
 oneDNN's linear layer multiplies float32 matrices up to twice as fast as ``torch.mm`` on CPUs that
 MKL does not know, and no faster on others. The operator is private to torch, so it is looked for,
@@ -7,6 +7,9 @@ checked against ``torch.mm`` and timed before it is trusted.
 A convolution toward its input has four kernels, and which is fastest differs from layer to layer
 by up to six times: the operator that autograd calls, the same product posed as a convolution of
 its own, that with the channels last in memory, and a matrix product for each image with ``col2im``.
+
+What was chosen is kept on disk (``calibration``). A process that finds a choice there does not
+measure again, but it still compares what was chosen with autograd's own kernel on random numbers.
 """
 
 import functools
@@ -19,11 +22,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from batchjac.calibration import note, recalled
+
 # Below this many multiply-adds a call costs more than its arithmetic.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 # oneDNN must win by this much on the trial: noise alone must not choose it.
 _MARGIN = 0.9
 _TRIAL = (512, 256, 256)
+_CHECK = (24, 40, 32)  # of the same to see only whether it is right
 # Bytes of cotangents that convolutions are timed on; smaller questions than the last are not worth
 # the trial, which costs a dozen times the convolution itself.
 _TRIAL_BYTES = 1 << 20
@@ -34,7 +40,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 def linear(g: Tensor, w: Tensor) -> Tensor:
     """``g[..., o] w[i, o]`` summed over ``o``: all rows through one matrix."""
-    if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= _SMALL:
+    if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= SMALL:
         flat = g.reshape(-1, g.shape[-1])
         kernel = fastest()
         if kernel is not _mm and isinstance(g, FakeTensor):
@@ -63,17 +69,39 @@ def _measured(tensor: Tensor) -> bool:
 def fastest() -> Linear:
     """oneDNN's linear where it is present, right and faster than ``torch.mm``, else that."""
     onednn = _onednn()
-    if onednn is None:
+    if onednn is None or not _right(onednn):
         return _mm
-    m, k, n = _TRIAL
+    known = chosen_linear()
+    if known is None:
+        theirs, usual = _seconds((onednn, _mm), *_matrices(_TRIAL))
+        known = LINEAR[theirs < _MARGIN * usual]
+        note(_LINEAR, known)
+    return onednn if known == LINEAR[True] else _mm
+
+
+LINEAR = ("torch.mm", "oneDNN linear")
+_LINEAR = "linear"
+
+
+def chosen_linear() -> str | None:
+    """Which of ``LINEAR`` large matrix products use; None where that was not measured yet."""
+    known = recalled(_LINEAR)
+    return known if known in LINEAR else None
+
+
+def _matrices(sizes: tuple[int, int, int]) -> list[Tensor]:
+    m, k, n = sizes
     generator = torch.Generator().manual_seed(0)
-    g, w = (torch.randn(s, k, generator=generator, dtype=torch.float32) for s in (m, n))
+    return [torch.randn(s, k, generator=generator, dtype=torch.float32) for s in (m, n)]
+
+
+def _right(linear: Linear) -> bool:
+    """Whether it computes what ``torch.mm`` does, with the signature that we know."""
+    g, w = _matrices(_CHECK)
     try:
-        right = torch.allclose(onednn(g, w), _mm(g, w), atol=1e-3)
+        return torch.allclose(linear(g, w), _mm(g, w), atol=1e-3)
     except (RuntimeError, TypeError):  # another signature, another build
-        return _mm
-    theirs, usual = _seconds((onednn, _mm), g, w)
-    return onednn if right and theirs < _MARGIN * usual else _mm
+        return False
 
 
 def _mm(g: Tensor, w: Tensor) -> Tensor:
@@ -127,18 +155,31 @@ def convolution(
 
     ``onward``: what comes next takes any order of axes in memory, so that channels may stay last.
     """
-    each = g[:1].numel() * w[:1].numel() if layer.transposed else g[:1].numel() * w[0].numel()
-    if not (_measured(g) and _measured(w)) or len(g) * each < _SMALL_CONVOLUTION:
+    if not (_measured(g) and _measured(w)) or _little(g.shape, w.shape):
         return backward(g, w, sizes, layer)
-    trial = min(len(g), max(1, _TRIAL_BYTES // g[:1].nbytes))
-    trial = 1 << trial.bit_length() - 1  # few different trials for one layer
-    shape = (trial, *g.shape[1:])
     last = not g.is_contiguous() and g.movedim(1, -1).is_contiguous()
     kernel = _fastest_convolution(
-        layer, shape, tuple(w.shape), (trial, *sizes[1:]), g.dtype, torch.get_num_threads(),
-        last, onward,
-    )  # fmt: skip
+        *_trial(layer, g.shape, w.shape, sizes, g.dtype), torch.get_num_threads(), last, onward
+    )
     return kernel(g, w, sizes, layer)
+
+
+def _little(shape: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether the trial would cost more than it can gain."""
+    return math.prod(shape) * math.prod(weight[1:]) < _SMALL_CONVOLUTION
+
+
+def _trial(
+    layer: Convolution,
+    shape: Sequence[int],
+    weight: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Convolution, tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """The question that is measured for this one: so many images as cotangents fit a trial."""
+    most = max(1, _TRIAL_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    images = 1 << min(shape[0], most).bit_length() - 1  # few different trials for one layer
+    return layer, (images, *shape[1:]), tuple(weight), (images, *sizes[1:]), dtype
 
 
 @functools.cache
@@ -158,30 +199,103 @@ def _fastest_convolution(
     that this one may need; ``posed`` on more images than are tried gains on ``backward``, which
     makes room for an input that it does not read. ``last``: the channels come last in memory.
     """
+    trial = (layer, shape, weight, sizes, dtype)
+    question = _question(*trial, last, onward)
+    others = _candidates(layer, len(shape), onward)
+    known = recalled(question)
+    if known == "backward":
+        return backward
+    if known in others and _agreeing([others[known]], layer, (1, *shape[1:]), weight,
+                                     (1, *sizes[1:]), dtype, last):  # fmt: skip
+        return others[known]
+    right = [*reversed(_agreeing(list(others.values()), *trial, last)), backward]
+    names = {kernel: name for name, kernel in others.items()}
+    best, least = right[0], math.inf
+    times = _seconds(right, *_images(shape, weight, dtype, last), sizes, layer)
+    for kernel, seconds in zip(right, times, strict=True):
+        if seconds < _MARGIN * least:
+            best, least = kernel, seconds
+    note(question, names.get(best, "backward"))
+    return best
+
+
+def _question(
+    layer: Convolution,
+    shape: Sequence[int],
+    weight: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    last: bool,
+    onward: bool,
+) -> str:
+    return f"{layer} {shape} {weight} {sizes} {dtype} {last=} {onward=}"
+
+
+def _candidates(layer: Convolution, dims: int, onward: bool) -> dict[str, TowardInput]:
+    """What can be tried beside the operator, by name."""
+    found: dict[str, TowardInput] = {"columns": columns} if _has_columns(layer, dims) else {}
+    found["posed"] = posed
+    if dims != 5:  # three axes have a layout of their own, which oneDNN does not gain from
+        name, kernel = (
+            ("channels_last", channels_last) if onward
+            else ("channels_last_within", channels_last_within)
+        )  # fmt: skip
+        found[name] = kernel
+    return found
+
+
+def _images(
+    shape: Sequence[int], weight: Sequence[int], dtype: torch.dtype, last: bool
+) -> tuple[Tensor, Tensor]:
+    """Random cotangents and taps."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(shape, generator=generator, dtype=dtype)
     if last:
         g = g.movedim(1, -1).contiguous().movedim(-1, 1)
-    w = torch.randn(weight, generator=generator, dtype=dtype)
+    return g, torch.randn(weight, generator=generator, dtype=dtype)
+
+
+def _agreeing(
+    others: Sequence[TowardInput],
+    layer: Convolution,
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    last: bool,
+) -> list[TowardInput]:
+    """Those that give what autograd's own gives."""
+    g, w = _images(shape, weight, dtype, last)
     expected = backward(g, w, sizes, layer)
     near = 1e-5 * math.sqrt(math.prod(weight))
-    right = [backward]
-    for other in (columns, posed, channels_last if onward else channels_last_within):
-        if other is columns and not _has_columns(layer, g):
-            continue
-        if g.dim() == 5 and other in (channels_last, channels_last_within):
-            continue  # three axes have a layout of their own, which oneDNN does not gain from
+    right = []
+    for other in others:
         try:
             found = other(g, w, sizes, layer)
         except RuntimeError:  # sizes that the kernel does not take
             continue
         if found.shape == expected.shape and torch.allclose(found, expected, 1e-4, near):
-            right.insert(0, other)
-    best, least = right[0], math.inf
-    for kernel, seconds in zip(right, _seconds(right, g, w, sizes, layer), strict=True):
-        if seconds < _MARGIN * least:
-            best, least = kernel, seconds
-    return best
+            right.append(other)
+    return right
+
+
+def chosen_convolution(
+    layer: Convolution,
+    shape: Sequence[int],
+    weight: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    onward: bool,
+) -> list[str]:
+    """The names of the kernels for cotangents of this shape, one for each order of channels.
+
+    Empty where that was not measured yet; ``backward`` where it is too small to be.
+    """
+    if _little(shape, weight):
+        return ["backward"]
+    trial = _trial(layer, shape, weight, sizes, dtype)
+    known = [recalled(_question(*trial, last, onward)) for last in (False, True)]
+    return list(dict.fromkeys(k for k in known if k))
 
 
 def backward(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
@@ -240,9 +354,9 @@ def columns(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> T
     return found
 
 
-def _has_columns(layer: Convolution, g: Tensor) -> bool:
+def _has_columns(layer: Convolution, dims: int) -> bool:
     still = not layer.transposed and layer.groups == 1 and set(layer.dilation) == {1}
-    return still and g.dim() in (3, 4)
+    return still and dims in (3, 4)
 
 
 # Kernels that compilers may not look into, as operators that they call. ``_slow_conv2d_backward``

@@ -122,6 +122,8 @@ class Plan:
     than plain reverse was thought of. ``axes`` and ``prediction`` are there when it was made before
     the call, by ``batchjac.plan``; ``mapped``: for a result in memory that the caller brings.
     ``compiled`` says how the walks were computed where they were to be compiled.
+    ``chosen`` are the kernels of nodes that have several, one line for each kind and shape; of
+    those with a rule, by ``batchjac.plan``.
     """
 
     samples: int
@@ -136,6 +138,7 @@ class Plan:
     prediction: Prediction | None = None
     mapped: bool = False
     compiled: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
@@ -156,6 +159,7 @@ class Plan:
             *(f"compiled      {line}" for line in self.compiled),
             f"rules         {', '.join(sorted(set(self.kernels) - set(self.slow))) or 'none'}",
         ]
+        lines += [f"kernel        {line}" for line in self.chosen]
         lines += [f"without rule  {name}: {way}" for name, way in sorted(self.slow.items())]
         lines += self.prediction.lines() if self.prediction else []
         return "\n".join(lines)

@@ -1,16 +1,18 @@
 """What a call would do, from one forward and no walk; and the same call again on other inputs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchjac import cost, memory
+from batchjac import chosen, cost, memory
 from batchjac.capture import Capture, capture
-from batchjac.cost import Rates, Work
+from batchjac.choose import staged
+from batchjac.chosen import Pushed
+from batchjac.cost import Rates
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import MismatchError
 from batchjac.graph import let_go, taken_apart
@@ -18,7 +20,7 @@ from batchjac.job import Goal, Job, jobs, need, reasons, units, width
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
-from batchjac.route import Chain, Down, Forward, Reverse, Route, Up, passes
+from batchjac.route import Chain, Forward, Route, Up, passes, span
 from batchjac.rules import registry
 from batchjac.sink import size
 from batchjac.solve import solve
@@ -126,9 +128,11 @@ def _plan(problem: Problem, captured: Capture, allowed: int, mapped: bool) -> Pl
         axes=tuple(_axes(problem, job, goal, captured) for job, goal in goals),
         # hooks see one row of one sample at a time, whose time nobody knows
         prediction=None if captured.hooked
-        else _prediction(problem, work, captured.samples, results, result + used),
+        else _prediction(problem, work, captured.samples, chunk, results, result + used),
         mapped=mapped,
         compiled=("when called, at the first inputs of a kind",) if problem.compiler else (),
+        chosen=() if captured.hooked
+        else chosen.lines(node for job in work for node in _nodes(job, chunk, captured.samples)),
     )  # fmt: skip
 
 
@@ -156,29 +160,31 @@ def _axes(problem: Problem, job: Job, goal: Goal, captured: Capture) -> str:
 
 
 def _prediction(
-    problem: Problem, work: Sequence[Job], captured: int, results: int, held: int
+    problem: Problem, work: Sequence[Job], captured: int, chunk: Chunk, results: int, held: int
 ) -> Prediction:
     """Seconds from shapes and rates; the function's own forward is not among them."""
     n = problem.samples
     rates = cost.rates(torch.get_num_threads())
-    seconds = naive = limit = results / rates.fresh
+    seconds = naive = limit = cost.written(results, rates)
     operations = rows = columns = 0
+    asked = math.ceil(n / chunk.samples)
     for job in work:
         if job.root is None:
             continue
+        seconds += asked * cost.asked(len(job.graph.steps), rates)
         nodes = cost.work(job.graph.steps, captured)
         width = job.seeds.rows
         once = cost.seconds(nodes, 1, n, rates)
         naive += width * once
         if job.singly:
             seconds += n / captured * job.singly.engine
-            operations += round(n * width * _multiply_adds(nodes))
+            operations += round(n * width * nodes.multiply_adds)
             rows += width
         elif job.plain:
             left = [c.forecast.plain for c in job.considered.values() if not c.taken]
             walked = n / captured * max(left) if left else cost.seconds(nodes, width, n, rates)
             seconds += walked
-            operations += round(n * width * _multiply_adds(nodes))
+            operations += round(n * width * nodes.multiply_adds)
             rows += width
         for choice in job.choices.values():
             done = passes(choice.route, choice.chain)
@@ -193,24 +199,28 @@ def _pushed(route: Route, chain: Chain) -> int:
     """Multiply-adds of one sample in the rows and columns that a route pushes, joins aside."""
     total = 0.0
     for node in route:
-        rows, columns = chain.height(node.upper), chain.widths[node.lower]
-        match node:
-            case Reverse():
-                count, first, last = rows, node.upper, node.lower
-            case Forward():
-                count, first, last = columns, node.upper, node.lower
-            case Down():
-                count, first, last = rows, node.above.lower, node.lower
-            case Up():
-                count, first, last = columns, node.upper, node.below.upper
-            case _:
-                continue
-        total += count * sum(_multiply_adds(stage.work) for stage in chain.stages[first:last])
+        up = isinstance(node, Forward | Up)
+        count = chain.widths[node.lower] if up else chain.height(node.upper)
+        total += count * sum(chain.stages[k].work.multiply_adds for k in span(node))
     return round(total)
 
 
-def _multiply_adds(nodes: Work) -> float:
-    return nodes.products + nodes.convolutions + nodes.thin
+def _nodes(job: Job, chunk: Chunk, captured: int) -> Iterator[Pushed]:
+    """Each node that something is pushed through, and how."""
+    samples = min(chunk.samples, job.problem.samples)
+    if job.root is not None and job.plain:
+        shared = job.seeds.entries.dim() == 1  # rows that are still the same for all samples
+        for step in job.graph.steps:
+            images = chunk.rows * (1 if shared else samples)
+            yield Pushed(step, False, images, captured)
+            shared = shared and (cost.constant(step) or not any(step.edges))
+    for choice in job.choices.values():
+        stages = staged(job.graph, choice.cuts)
+        for node in choice.route:
+            up = isinstance(node, Forward | Up)
+            width = choice.chain.widths[node.lower] if up else choice.chain.height(node.upper)
+            images = min(chunk.rows, width) * samples
+            yield from (Pushed(s, up, images, captured) for k in span(node) for s in stages[k])
 
 
 def _peak(rates: Rates) -> float:

@@ -3,7 +3,7 @@
 With ``w`` the width of a cut, stages numbered from the output down, and ``J(a, b)`` the Jacobian of
 cut ``a`` by cut ``b`` below it::
 
-    best(a, b) = 0                                            one linear layer: its weight
+    best(a, b) = call                                         one linear layer: its weight
                | down(w_a, a, b)                              reverse: the identity pushed down
                | up(w_b, a, b)                                forward: the identity pushed up
                | best(a, k) + best(k, b) + w_a * w_k * w_b    two Jacobians joined at cut k
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from batchjac.cost import Rates, Work, joined, seconds
+from batchjac.cost import Rates, Work, joined, read, seconds
 
 # A route through no cut is taken where the best other one gains less than what is not counted.
 SIMPLER = 1.1
@@ -184,16 +184,20 @@ class Held:
     units: int
 
 
-def _passed(route: Route, chain: Chain) -> tuple[Stage, ...]:
+def span(route: Route) -> range:
     """The stages that this step alone pushes something through."""
     match route:
         case Reverse() | Forward():
-            return chain.stages[route.upper : route.lower]
+            return range(route.upper, route.lower)
         case Down():
-            return chain.stages[route.above.lower : route.lower]
+            return range(route.above.lower, route.lower)
         case Up():
-            return chain.stages[route.upper : route.below.upper]
-    return ()
+            return range(route.upper, route.below.upper)
+    return range(0)
+
+
+def _passed(route: Route, chain: Chain) -> tuple[Stage, ...]:
+    return tuple(chain.stages[k] for k in span(route))
 
 
 def _result(route: Route, chain: Chain) -> int:
@@ -276,7 +280,7 @@ def pure(chain: Chain, prices: Prices, a: int, b: int) -> list[Route]:
     if all(s.forward for s in stages):
         found.append(Forward(a, b, prices.up(b, b, a)))
     if b == a + 1 and stages[0].weight:
-        found.append(Weight(a, b, 0.0))
+        found.append(Weight(a, b, read(prices.rates)))
     return found
 
 

@@ -81,7 +81,7 @@ def _toward_input(step: Step, g: Block, edge: Edge) -> Block:
     sizes = [1 if d in kept else size for d, size in enumerate(edge.shape)]
     sizes[0] = data.shape[0] * data.shape[1]
     flat = data.reshape(sizes[0], *data.shape[2:])
-    found = kernels.convolution(flat, weight, sizes, _layer(step), _onward(edge))
+    found = kernels.convolution(flat, weight, sizes, layer(step), onward(edge))
     return Block(found.unflatten(0, data.shape[:2]), edge.shape)
 
 
@@ -92,7 +92,7 @@ _INDIFFERENT = (
 )  # fmt: skip
 
 
-def _onward(edge: Edge) -> bool:
+def onward(edge: Edge) -> bool:
     """Whether the rows go to another convolution, or to the result, through indifferent nodes."""
     node: Node | None = edge.node
     while node is not None and node.name() in _INDIFFERENT:
@@ -106,7 +106,8 @@ def _still(step: Step, axis: int) -> bool:
     return bool(pointwise and step.saved("stride")[axis] == 1 and step.saved("padding")[axis] == 0)
 
 
-def _layer(step: Step) -> Convolution:
+def layer(step: Step) -> Convolution:
+    """The layer without its tensors."""
     return Convolution(
         stride=tuple(step.saved("stride")),
         padding=tuple(step.saved("padding")),
@@ -185,10 +186,10 @@ def _from_input(step: Step, t: Block) -> Block:
 
 
 def _convolved(step: Step, x: Tensor, w: Tensor) -> Tensor:
-    layer = _layer(step)
+    how = layer(step)
     return torch.convolution(
-        x, w, None, layer.stride, layer.padding, layer.dilation, layer.transposed,
-        layer.output_padding, layer.groups,
+        x, w, None, how.stride, how.padding, how.dilation, how.transposed, how.output_padding,
+        how.groups,
     )  # fmt: skip
 
 
