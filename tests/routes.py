@@ -47,4 +47,10 @@ def planned(f: Any, x: Tensor, rates: Rates, **options: Any) -> Choice | None:
         return next(iter(job.choices.values()), None)
 
 
-__all__ = ["Job", "every_route", "one_row_at_a_time", "planned"]
+def walk_by(monkeypatch: pytest.MonkeyPatch, walk: Any) -> None:
+    """Let another function do all walks, those of probes and those of the answer."""
+    for module in ("job", "engines.compiled", "engines.mixed"):
+        monkeypatch.setattr(f"batchjac.{module}.walk", walk)
+
+
+__all__ = ["Job", "every_route", "one_row_at_a_time", "planned", "walk_by"]

@@ -448,7 +448,7 @@ def test_inductor(
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_our_own_kernels_are_called(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(kernels, "_SMALL_CONVOLUTION", 0)
     monkeypatch.setattr(kernels, "_fastest_convolution", lambda *_: kernels.columns)
     monkeypatch.setattr(kernels, "fastest", lambda: lambda g, w: torch.mm(g, w.t()))

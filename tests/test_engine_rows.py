@@ -26,7 +26,7 @@ from batchjac.seeds import seeds
 from batchjac.testing import jacobian_in_chunks
 from benchmarks.cases import named
 from tests.common import N, batch, close, full_truth, mlp
-from tests.routes import DEFAULTS, one_row_at_a_time
+from tests.routes import DEFAULTS, one_row_at_a_time, walk_by
 from tests.zoo import CASES
 from tests.zoo.verdict import judge
 
@@ -57,7 +57,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjac.job.walk", refuse)
+    walk_by(monkeypatch, refuse)
 
 
 # The zoo, whose documented errors stay the same, and after which nothing is left changed.

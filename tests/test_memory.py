@@ -25,6 +25,7 @@ from batchjac.errors import BudgetError
 from batchjac.memory import Chunk, Need
 from batchjac.testing import jacobian_in_chunks
 from tests.peak import CALLS
+from tests.routes import walk_by
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
@@ -266,7 +267,7 @@ def test_out_of_memory_in_the_walk_halves_samples_or_rows(
             raise MemoryError
         return walk(graph, seeds, *rest, **more)
 
-    monkeypatch.setattr(batchjac.job, "walk", limited)
+    walk_by(monkeypatch, limited)
     found = jacobian(model, x, coupling=coupling)
     torch.testing.assert_close(found, expected)
     samples = {n for n, _ in sizes}
@@ -312,7 +313,7 @@ def test_a_whole_batch_whose_second_forward_never_fits_ends_it(
             raise MemoryError
         return walk(graph, seeds, *rest, **more)
 
-    monkeypatch.setattr(batchjac.job, "walk", limited)
+    walk_by(monkeypatch, limited)
     f, came = spent(fits=1)
     with pytest.raises(BudgetError, match="out of memory with the whole batch"):
         jacobian(f, torch.randn(4, 3), coupling="sum")
@@ -329,7 +330,7 @@ def test_halving_that_makes_nothing_smaller_fails(monkeypatch: pytest.MonkeyPatc
             pytest.fail("the same attempt is made again and again")
         raise MemoryError
 
-    monkeypatch.setattr(batchjac.job, "walk", full)
+    walk_by(monkeypatch, full)
     # where the next attempt is bounded by the last, the bound is lost
     monkeypatch.setattr(batchjac.solve, "min", lambda chosen, bound: chosen, raising=False)
     with pytest.raises(AssertionError, match="no smaller than the last"):

@@ -21,7 +21,7 @@ from batchjac.testing import jacobian_in_chunks
 from benchmarks.cases import CASES as NINE
 from benchmarks.models import mlp
 from tests.relatives import F64, MODES, SMALL, close, made
-from tests.routes import every_route, planned
+from tests.routes import every_route, planned, walk_by
 from tests.zoo import CASES, seeded
 from tests.zoo.verdict import difference, truth
 
@@ -87,7 +87,7 @@ def test_predicted_passes_are_the_counted_ones(
 
     real_way = mixed.Way
     real_walk, real_tangents, real_product = mixed.walk, mixed.tangents, mixed.product
-    monkeypatch.setattr(mixed, "walk", walk)
+    walk_by(monkeypatch, walk)
     monkeypatch.setattr(mixed, "tangents", tangents)
     monkeypatch.setattr(mixed, "product", product)
     monkeypatch.setattr(batchjac.job, "Way", way)

@@ -12,6 +12,7 @@ import batchjac
 from batchjac.engines import reference
 from batchjac.errors import BudgetError, InputTypeError, MismatchError
 from tests.common import close
+from tests.routes import walk_by
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -61,7 +62,7 @@ def test_nothing_is_walked_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*rest: Any, **more: Any) -> Any:
         pytest.fail("a plan walked")
 
-    monkeypatch.setattr("batchjac.job.walk", refuse)
+    walk_by(monkeypatch, refuse)
     monkeypatch.setattr("batchjac.job.engine_rows", refuse)
     planned = batchjac.plan(model, torch.randn(5, 4))
     assert "to be probed" in str(planned)  # in training the samples meet in the batch norm

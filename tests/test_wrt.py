@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference, sweep
 from tests.common import N, batch, close, diagonal, mlp
+from tests.routes import walk_by
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -181,7 +182,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["rows"] += sum(block.rows for block in seeds.values())
         return walk(graph, seeds, *rest, **more)
 
-    monkeypatch.setattr("batchjac.job.walk", counting)
+    walk_by(monkeypatch, counting)
     return counts
 
 

@@ -228,7 +228,7 @@ def _question(
     last: bool,
     onward: bool,
 ) -> str:
-    return f"{layer} {shape} {weight} {sizes} {dtype} {last=} {onward=}"
+    return f"{layer} {shape} {weight} {sizes} {dtype} {last} {onward}"
 
 
 def _candidates(layer: Convolution, dims: int, onward: bool) -> dict[str, TowardInput]:
