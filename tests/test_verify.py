@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_wrong_rule_is_found_although_another_way_was_right(
         assert rule.per_sample is not None
         return [b and b.with_data(2 * b.data) for b in rule.per_sample(*args)]
 
-    broken = registry.Rule(rule.name, rule.reverse, rule.samples, wrong, rule.into)
+    broken = replace(rule, per_sample=wrong)
     monkeypatch.setitem(registry._RULES, "AddmmBackward0", broken)
     options = dict(before)
     jacobian(model, batch(options.pop("samples", 8)), wrt="0.weight", **options)

@@ -11,6 +11,7 @@ from batchjac.block import Block
 from batchjac.engines import reference
 from batchjac.graph import prune
 from batchjac.rules import registry
+from batchjac.rules.parts import Slices
 from tests.rules.common import Case
 
 
@@ -90,16 +91,20 @@ def test_parts_of_one_tensor(f, create_graph, caplog):
 def test_parts_are_put_together_in_the_order_in_which_they_are_read(f, monkeypatch):
     """What follows only permutes and merges axes, so that nothing needs to be copied there."""
     seen = []
-    for name in ("SelectBackward0", "UnbindBackward0"):
-        rule = registry._RULES[name]
 
-        def reverse(step, blocks, rule=rule):
-            (made,) = found = rule.reverse(step, blocks)
+    def watched(function, of):
+        def found(*given):
+            made = function(*given)
             order = [0, *(d + 1 for d in READ[f])]
-            seen.append(made.data.permute(order).is_contiguous())
-            return found
+            seen.append(of(made).data.permute(order).is_contiguous())
+            return made
 
-        monkeypatch.setitem(registry._RULES, name, replace(rule, reverse=reverse))
+        return found
+
+    unbind = registry._RULES["UnbindBackward0"]
+    reverse = watched(unbind.reverse, lambda found: found[0])
+    monkeypatch.setitem(registry._RULES, unbind.name, replace(unbind, reverse=reverse))
+    monkeypatch.setattr(Slices, "block", watched(Slices.block, lambda found: found))
     batchjac.jacobian(f, torch.randn(3, 3, 4, dtype=torch.float64))
     assert seen
     assert all(seen)
@@ -112,30 +117,56 @@ def step_of(build, *shape):
     return prune([y.grad_fn], [(edge.node, edge.output_nr)]).steps[0], y
 
 
-@pytest.mark.parametrize("sizes", [(2, 3, 4), (2, 1, 4), (2, 1, 1)])
-@pytest.mark.parametrize("before", [(2, 3, 5, 4), (2, 1, 5, 4), (2, 3, 1, 4)])
-def test_select_adds_what_it_returns(sizes, before):
-    step, _y = step_of(lambda x: x[:, -2], 3, 5, 4)
-    rule = registry.find(step)
-    g = Block(torch.randn(sizes, dtype=torch.float64), (3, 4))
-    rows = Block(torch.randn(before, dtype=torch.float64), (3, 5, 4))
-    (alone,) = rule.reverse(step, [g])
-    expected, untouched = rows.plus(alone).full(), rows.data.clone()
-    if rule.into(step, [g], rows):
-        assert sizes == (before[0], before[1], before[3])
-        torch.testing.assert_close(rows.full(), expected)
-    else:
-        torch.testing.assert_close(rows.data, untouched)
-        assert sizes != (before[0], before[1], before[3]) or before[2] == 1
+def shares(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def test_rules_that_add_in_place_return_new_memory():
-    named = [name for name in registry.names() if registry._RULES[name].into is not None]
-    assert named == ["SelectBackward0"]
-    step, _y = step_of(lambda x: x.select(1, 0), 3, 1, 4)
-    g = Block(torch.randn(2, 3, 4, dtype=torch.float64), (3, 4))
-    (alone,) = registry.find(step).reverse(step, [g])
-    assert alone.data.data_ptr() != g.data.data_ptr()
+PARTS = [(2, 3, 4), (2, 1, 4), (2, 1, 1)]
+WHOLES = [None, (2, 3, 5, 4), (2, 1, 5, 4), (2, 3, 1, 4)]
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("whole", WHOLES)
+@pytest.mark.parametrize("sizes", PARTS)
+@pytest.mark.parametrize("indices", [(3,), (0, 2), (1, 1), (0, 1, 2, 3, 4), (4, 3, 2, 1, 0, 0)])
+@pytest.mark.parametrize("place", ["first", "between", "last"])
+def test_slices_add_up_to_what_each_alone_would_give(place, indices, sizes, whole, owned):
+    """In any order, beside rows of the whole tensor, which are written into only where owned."""
+    expected = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    arrived = []
+    for index in indices:
+        step, _y = step_of(lambda x, k=index: x[:, k], 3, 5, 4)
+        g = Block(torch.randn(sizes, dtype=torch.float64), (3, 4))
+        expected += registry.find(step).reverse(step, [g])[0].full()
+        arrived.append(registry.find(step).gather(step, [g]))
+    kept = None
+    if whole is not None:
+        block = Block(torch.randn(whole, dtype=torch.float64), (3, 5, 4), owned)
+        expected += block.full()
+        kept, data = block.data.clone(), block.data
+        arrived.insert({"first": 1, "between": 1 + len(indices) // 2, "last": 99}[place], block)
+    parts = [p.found[k].data for p in arrived if isinstance(p, Slices) for k in p.found]
+    before = [part.clone() for part in parts]
+    gathered, *others = arrived
+    for other in others:
+        gathered.take(other)
+    found = gathered.block()
+    torch.testing.assert_close(found.full(), expected)
+    for part, then in zip(parts, before, strict=True):
+        assert torch.equal(part, then)
+        assert not shares(found.data, part)
+    if kept is not None and not (owned and whole == (2, 3, 5, 4)):
+        assert torch.equal(data, kept)
+
+
+def test_a_slice_by_another_axis_is_a_part_too():
+    steps = [step_of(build, 3, 5, 4)[0] for build in (lambda x: x[:, 1], lambda x: x[..., 2])]
+    blocks = [Block(torch.randn(2, 3, n, dtype=torch.float64), (3, n)) for n in (4, 5)]
+    rules = [registry.find(step) for step in steps]
+    first, second = (r.gather(s, [b]) for r, s, b in zip(rules, steps, blocks, strict=True))
+    first.take(second)
+    alone = [r.reverse(s, [b])[0].full() for r, s, b in zip(rules, steps, blocks, strict=True)]
+    torch.testing.assert_close(first.block().full(), alone[0] + alone[1])
 
 
 @pytest.mark.parametrize("kind", [torch.nn.ReLU, torch.nn.Tanh, torch.nn.Hardtanh])

@@ -16,10 +16,12 @@ from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
+from batchjac.rules.registry import Gathered
 from batchjac.samples import SHARED, Place, SampleAxis
 
 Blocks = Sequence[Block | None]
 Places = Mapping[Slot, Place]
+Pending = dict[Slot, Block | Gathered]
 
 
 class NotPerSample(Exception):
@@ -76,14 +78,14 @@ def walk(
     With ``places`` a gradient that would be summed over samples on its way to a parameter is kept
     per sample, as rows ``[V*N, *p]``; every such node must have a ``per_sample`` rule.
     """
-    pending: dict[Slot, Block] = dict(seeds)
+    pending: Pending = dict(seeds)
     found: dict[Slot, Block] = {}
     ends = {node for node, _ in graph.targets}
     # a graph may have thousands of small nodes, for which every line here counts
     with torch.set_grad_enabled(create_graph):
         for step in graph.steps:
             node = step.node
-            blocks = [pending.pop((node, k), None) for k in range(len(step.outputs))]
+            blocks = [_whole(pending.pop((node, k), None)) for k in range(len(step.outputs))]
             if node in ends:
                 for k, block in enumerate(blocks):
                     if block is not None and (node, k) in graph.targets:
@@ -91,7 +93,9 @@ def walk(
             if not any(step.edges) or all(map(_none, blocks)):
                 continue
             rule = registry.find(step)
-            if not create_graph and _added(step, rule, blocks, pending):
+            if rule is not None and rule.gather is not None:
+                _gather(pending, step, rule.gather(step, blocks))
+                kernels.took(step.name, "rule")
                 continue
             gradients = _through(step, rule, blocks, kernels, places)
             del blocks
@@ -107,16 +111,23 @@ def _none(block: Block | None) -> bool:
     return block is None
 
 
-def _added(
-    step: Step, rule: registry.Rule | None, blocks: Blocks, pending: dict[Slot, Block]
-) -> bool:
-    """Whether the node's rows were added in place to rows that this walk made for its only edge."""
-    if rule is None or rule.into is None:
-        return False
+def _whole(arrived: Block | Gathered | None) -> Block | None:
+    """All that reached a tensor, its parts put together."""
+    return arrived if arrived is None or isinstance(arrived, Block) else arrived.block()
+
+
+def _gather(pending: Pending, step: Step, part: Gathered) -> None:
+    """Parts of a tensor wait for each other."""
     (edge,) = step.edges
     assert edge is not None
-    before = pending.get((edge.node, edge.slot))
-    return before is not None and before.owned and rule.into(step, blocks, before)
+    slot = (edge.node, edge.slot)
+    before = pending.get(slot)
+    if before is None or isinstance(before, Block):
+        pending[slot] = part
+        if before is not None:
+            part.take(before)
+    else:
+        before.take(part)
 
 
 def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
@@ -139,14 +150,19 @@ def _lent(blocks: Blocks) -> Blocks:
     return [b and b.owned_if(False) for b in blocks]
 
 
-def _arrive(pending: dict[Slot, Block], edge: Edge, block: Block) -> None:
+def _arrive(pending: Pending, edge: Edge, block: Block) -> None:
     """What the autograd engine does between two nodes: sum to shape, cast, accumulate."""
     slot = (edge.node, edge.slot)
     if block.shape != edge.meta.shape:
         block = block.sum_to(edge.meta.shape)
     block = block.to(edge.meta.dtype)
     before = pending.get(slot)
-    pending[slot] = block if before is None else before.plus(block)
+    if before is None:
+        pending[slot] = block
+    elif isinstance(before, Block):
+        pending[slot] = before.plus(block)
+    else:
+        before.take(block)
 
 
 def _through(

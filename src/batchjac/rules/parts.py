@@ -5,7 +5,7 @@ its full size.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from batchjac.block import Block
 from batchjac.graph import Edge, Meta, Step
-from batchjac.rules.registry import Blocks, only, rule
+from batchjac.rules.registry import Blocks, Gathered, only, rule
 from batchjac.rules.shape import inverse, read_in
 from batchjac.samples import Place, SampleAxis, moved
 
@@ -37,33 +37,62 @@ def _select_samples(step: Step, at: SampleAxis) -> list[Place]:
     return [moved(at, at.dim + (dim <= at.dim))]
 
 
-def _select_into(step: Step, blocks: Blocks, before: Block) -> bool:
-    """``g[v]`` added at ``k``: the parts of one tensor need one tensor of zeros, not one each."""
-    (g,) = blocks
-    assert g is not None
-    dim = step.saved("dim") % len(before.shape)
-    if before.data.shape[dim + 1] != before.shape[dim]:
-        return False
-    part = before.data.select(dim + 1, step.saved("index"))
-    fits = part.shape == g.data.shape and part.dtype == g.data.dtype
-    if fits:
-        part.add_(g.data)
-    return fits
+@dataclass
+class Slices:
+    """Rows of some slices ``x[k]`` along ``dim`` of the edge's tensor, and of all of it."""
+
+    edge: Edge
+    dim: int
+    found: dict[int, Block]
+    rest: Block | None = None
+
+    def take(self, other: Block | Gathered) -> None:
+        """Rows of the same slice are added, and what is no slice along this axis is a rest."""
+        if isinstance(other, Slices) and other.dim == self.dim and other.rest is None:
+            for k, block in other.found.items():
+                before = self.found.get(k)
+                self.found[k] = block if before is None else before.plus(block)
+        else:
+            whole = other if isinstance(other, Block) else other.block()
+            self.rest = whole if self.rest is None else self.rest.plus(whole)
+
+    def block(self) -> Block:
+        """Side by side; zeros are written only where a slice is missing."""
+        shape = (*self.edge.shape[: self.dim], 1, *self.edge.shape[self.dim + 1 :])
+        parts = {k: block.reshape(shape).data for k, block in self.found.items()}
+        sizes = torch.broadcast_shapes(*(_sizes(p, self.dim + 1, 1) for p in parts.values()))
+        parts = {k: part.expand(sizes) for k, part in parts.items()}
+        if self.rest is not None and self.rest.writable:
+            for k, part in parts.items():
+                self.rest.data.narrow(self.dim + 1, k, 1).add_(part)
+            return self.rest
+        if len(parts) == self.edge.shape[self.dim]:
+            whole = _joined([parts[k] for k in sorted(parts)], self.dim, self.edge)
+        else:
+            whole = self._among_zeros(parts)
+        whole = whole.owned_if(not torch.is_grad_enabled())
+        return whole if self.rest is None else whole.plus(self.rest)
+
+    def _among_zeros(self, parts: dict[int, Tensor]) -> Block:
+        one = next(iter(parts.values()))
+        sizes = _sizes(one, self.dim + 1, self.edge.shape[self.dim])
+        order = read_in(self.edge)
+        data = one.new_zeros([sizes[d] for d in order]).permute(inverse(order))
+        for k, part in parts.items():
+            data.narrow(self.dim + 1, k, 1).copy_(part)
+        return Block(data, self.edge.shape)
 
 
-@rule("SelectBackward0", samples=_select_samples, into=_select_into, fresh=True)
-def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
-    """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
+def _slice(step: Step, blocks: Blocks) -> Slices:
     g, edge = only(step, blocks)
     dim = step.saved("dim") % len(edge.shape)
-    sizes = [*g.data.shape[: dim + 1], edge.shape[dim], *g.data.shape[dim + 1 :]]
-    order = read_in(edge)
-    where = order.index(dim + 1)
-    left = [d - (d > dim + 1) for d in order if d != dim + 1]
-    data = torch.ops.aten.select_backward(
-        g.data.permute(left), [sizes[d] for d in order], where, step.saved("index")
-    )
-    return [Block(data.permute(inverse(order)), edge.shape)]
+    return Slices(edge, dim, {step.saved("index") % edge.shape[dim]: g})
+
+
+@rule("SelectBackward0", samples=_select_samples, gather=_slice, fresh=True)
+def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
+    """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
+    return [_slice(step, blocks).block()]
 
 
 def _along_dim(step: Step, at: SampleAxis) -> list[Place]:

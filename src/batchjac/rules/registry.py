@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.autograd.function import BackwardCFunction
 
@@ -14,8 +14,22 @@ Blocks = Sequence[Block | None]
 Reverse = Callable[[Step, Blocks], Any]
 Samples = Callable[[Step, SampleAxis], Sequence[Place]]
 PerSample = Callable[[Step, Blocks, SampleAxis], Blocks]
-Into = Callable[[Step, Blocks, Block], bool]
 Forward = Callable[[Step, Blocks], Any]
+
+
+class Gathered(Protocol):
+    """Rows that reach parts of a tensor, to be put together when all that will come has come."""
+
+    def take(self, other: "Block | Gathered") -> None:
+        """Add what else reaches the tensor, in all of it or in parts."""
+        ...
+
+    def block(self) -> Block:
+        """The rows of the whole tensor, zero where nothing came."""
+        ...
+
+
+Gather = Callable[[Step, Blocks], Gathered]
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,8 @@ class Rule:
     ``per_sample(step, blocks, at)`` returns for each ``SHARED`` edge the block of rows
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
 
-    ``into(step, blocks, before)`` adds the gradient of the only edge to the rows ``before`` in
-    place and says whether it could.
+    ``gather(step, blocks)`` holds what ``reverse`` would return for the only edge until the parts
+    of its neighbours are there: a tensor that was taken apart is then written once.
 
     ``fresh`` claims that a block for a single edge is new memory, or a block that came in: no view
     of one, nor of what the forward saved. Later nodes may then write into it.
@@ -45,7 +59,7 @@ class Rule:
     reverse: Reverse
     samples: Samples | None = None
     per_sample: PerSample | None = None
-    into: Into | None = None
+    gather: Gather | None = None
     fresh: bool = False
 
 
@@ -56,7 +70,7 @@ def rule(
     *names: str,
     samples: Samples | None = None,
     per_sample: PerSample | None = None,
-    into: Into | None = None,
+    gather: Gather | None = None,
     fresh: bool = False,
 ) -> Callable[[Reverse], Reverse]:
     """Register a function as the reverse rule of these nodes."""
@@ -65,7 +79,7 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(name, reverse, samples, per_sample, into, fresh)
+            _RULES[name] = Rule(name, reverse, samples, per_sample, gather, fresh)
         return reverse
 
     return register
