@@ -85,6 +85,19 @@ def test_a_disturbed_measurement_is_soon_outdone(
     assert clock.measured == 3 + 7
 
 
+def test_a_folder_of_somebody_else_is_no_hindrance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    clock = Clock()
+    assert remembered("one", clock) == remembered("one", clock) == {"rate": 2.0}
+    assert clock.measured == 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -94,6 +107,7 @@ def test_a_disturbed_measurement_is_soon_outdone(
         '{"key": "KEY", "when": NOW, "figures": {"rate": "fast"}}',
         '{"key": "other", "when": NOW, "figures": {"rate": 9}}',
         '{"key": "KEY", "when": "NOW", "figures": {"rate": 9}}',
+        '{"key": "KEY", "when": 1' + 400 * "0" + ', "figures": {"rate": 9}}', 9999 * "[",
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_measured_over(folder: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchjac import calibration, kernels
+from batchjac import calibration, cost, kernels, pace
 from batchjac.calibration import FRESH, note, recalled
 from batchjac.kernels import Convolution
 
@@ -210,6 +210,60 @@ def test_a_choice_that_computes_something_else_now_is_not_used(
     ask()  # compares with autograd's own
     assert kernels.fastest() is kernels._mm
     assert len(measured) == TWICE + 1
+
+
+def test_a_choice_that_nobody_knows_is_none(folder: Path) -> None:
+    shape, weight = (32, 16, 16, 16), (16, 3, 3, 3)
+    trial = kernels._trial(LAYER, shape, weight, SIZES, torch.float32)
+    asked = (LAYER, shape, weight, SIZES, torch.float32, False)
+    for name, found in (("polyphase", []), ("columns", ["columns"]), ("backward", ["backward"])):
+        note(kernels._question(*trial, False, False), name)
+        assert kernels.chosen_convolution(*asked) == found
+
+
+def test_the_later_of_two_choices_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process read the file before another one wrote to it."""
+    now = calibration.time.time()
+    monkeypatch.setattr(calibration.time, "time", lambda: now - FRESH / 2)
+    note("a", "old")
+    (file,) = folder.iterdir()
+    held = json.loads(file.read_text())
+    held["choices"]["a"] = ["new", now - 1]
+    file.write_text(json.dumps(held))
+    monkeypatch.setattr(calibration.time, "time", lambda: now)
+    note("b", "mine")
+    assert recalled("a") == "new"
+    assert json.loads(file.read_text())["choices"]["a"][0] == "new"
+
+
+@pytest.mark.parametrize("around", ["autocast", "default device"])
+def test_what_is_measured_does_not_depend_on_the_caller(
+    around: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its autocast nor its default device, on which nothing of ours runs."""
+    seen: list[bool] = []
+    for module in (cost.speed, pace, kernels):
+        for name in ("_best", "_seconds"):
+            if hasattr(module, name):
+                real = getattr(module, name)
+
+                def watched(*given: object, real: Callable[..., object] = real) -> object:
+                    seen.append(torch.is_autocast_enabled("cpu"))
+                    return real(*given)
+
+                monkeypatch.setattr(module, name, watched)
+    context = torch.autocast("cpu") if around == "autocast" else torch.device("meta")
+    for cached in (cost.rates, pace.clock):
+        cached.cache_clear()
+    with context:
+        assert cost.rates(torch.get_num_threads()).product > 0
+        assert pace.clock(torch.get_num_threads()).engine > 0
+        ask_on_the_cpu = torch.ones(512, 256, device="cpu"), torch.ones(256, 256, device="cpu")
+        assert kernels.linear(*ask_on_the_cpu).shape == (512, 256)
+    for cached in (cost.rates, pace.clock):
+        cached.cache_clear()
+    assert len(seen) > 5
+    assert not any(seen)
 
 
 def test_old_choices_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

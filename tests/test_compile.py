@@ -328,6 +328,39 @@ def test_a_compiler_that_fails(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("taken", "float64")
+def test_a_replay_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """The walk as it is, and not autograd one row at a time."""
+
+    def breaks(module: Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        runs = iter([module] * 3)  # as often as it is compared and timed
+
+        def run(*tensors: Tensor) -> Any:
+            try:
+                return next(runs)(*tensors)
+            except StopIteration:
+                raise RuntimeError("lost what was compiled") from None
+
+        return run
+
+    model = mlp()
+    for _ in range(9):
+        x = torch.randn(5, 3)
+        close(answer(model, x, breaks), reference.jacobian(model, x))
+    assert "lost what was compiled" in caplog.text
+    assert "through autograd" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e20])
+def test_how_far_a_replay_may_differ_goes_with_the_size(size: float) -> None:
+    ours = torch.randn(4, 7) * size
+    assert compiled._close(ours, ours * (1 + 1e-6), 3e-4)
+    assert not compiled._close(ours, torch.zeros_like(ours), 3e-4)
+    assert compiled._close(torch.zeros(4, 7), torch.zeros(4, 7), 3e-4)
+    cancelling = torch.stack([ours[0], -ours[0] * 0.9553365 / 0.9])
+    assert compiled._close(cancelling, cancelling * (1 + 1e-6), 3e-4)
+
+
+@pytest.mark.usefixtures("taken", "float64")
 @pytest.mark.parametrize("wrong", ["numbers", "shapes", "nan"])
 def test_a_compiler_that_is_wrong(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
     def changed(found: Tensor) -> Tensor:

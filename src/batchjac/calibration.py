@@ -5,6 +5,7 @@ each set of rates, and one for the names of the kernels that won. They hold numb
 alone; one that cannot be read or written is as good as none.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -68,7 +69,9 @@ def note(question: str, answer: str) -> None:
     """Keep a choice for this process and the next; also what others have kept meanwhile."""
     key, path = _place("choices")
     held = _choices(key, path)
-    held |= {**_read_choices(path, key), **held, question: (answer, time.time())}
+    for asked, other in _read_choices(path, key).items():  # the later one, whoever made it
+        held[asked] = max(held.get(asked, other), other, key=lambda choice: choice[1])
+    held[question] = (answer, time.time())
     for old in sorted(held, key=lambda q: held[q][1])[:-MOST]:
         del held[old]
     _write(path, {"key": key, "choices": held})
@@ -114,6 +117,12 @@ def folder() -> Path:
         return Path(os.devnull)
 
 
+# What a file that is missing, or is something else, may lead to.
+_NO_SUCH_FILE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+
+
 def _read(path: Path, key: str) -> tuple[dict[str, float], float, int]:
     """The figures of a file, when they were measured and how often; none where it is no such."""
     try:
@@ -122,7 +131,7 @@ def _read(path: Path, key: str) -> tuple[dict[str, float], float, int]:
         runs = min(max(int(held.get("runs", 1)), 1), 9)
         usable = held["key"] == key and all(0 < v < math.inf for v in figures.values())
         return (figures, float(held["when"]), runs) if usable else ({}, 0.0, 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except _NO_SUCH_FILE:
         return {}, 0.0, 0
 
 
@@ -133,7 +142,7 @@ def _read_choices(path: Path, key: str) -> dict[str, tuple[str, float]]:
         found = {str(q): (answer, float(when)) for q, (answer, when) in held["choices"].items()}
         usable = held["key"] == key and all(type(answer) is str for answer, _ in found.values())
         return found if usable else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except _NO_SUCH_FILE:
         return {}
 
 
@@ -145,4 +154,5 @@ def _write(path: Path, held: Mapping[str, object]) -> None:
         part.write_text(json.dumps(held, indent=1) + "\n")
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -18,6 +18,7 @@ from batchjac import speed
 from batchjac.calibration import remembered
 from batchjac.graph import Meta, Slot, Step
 from batchjac.memory import BLOCK, VIEWS
+from batchjac.plain import unrounded
 
 # Which edge is which factor of ``nk,ko->no``; another edge is added to the product.
 _FACTORS = {
@@ -217,7 +218,6 @@ def _of_node(step: Step, samples: int, turned: bool) -> Work:
     """What one node does for one row of one of these samples."""
     moved = sum(map(_bytes, step.outputs)) + sum(_bytes(e.meta) for e in step.edges if e)
     filled = copied = heads = scattered = 0
-    many, few = _convolutions(step)
     if step.name.startswith(_FILLING):
         moved, filled = 0, moved
     elif turned and step.name.startswith(_JOINS):
@@ -309,6 +309,7 @@ NOMINAL = Rates(
 
 
 @functools.cache
+@unrounded()
 def rates(threads: int, convolutions: bool = True) -> Rates:
     """What this machine does with so many threads, measured on small random tensors, 0.1 s.
 

@@ -4,9 +4,9 @@ oneDNN's linear layer multiplies float32 matrices up to twice as fast as ``torch
 MKL does not know, and no faster on others. The operator is private to torch, so it is looked for,
 checked against ``torch.mm`` and timed before it is trusted.
 
-A convolution toward its input has four kernels, and which is fastest differs from layer to layer
-by up to six times: the operator that autograd calls, the same product posed as a convolution of
-its own, that with the channels last in memory, and a matrix product for each image with ``col2im``.
+Of the kernels for a convolution toward its input the fastest differs from layer to layer, by up to
+six times: the operator that autograd calls, the same product posed as a convolution of its own,
+that with the channels last in memory, and a matrix product for each image with ``col2im``.
 
 What was chosen is kept on disk (``calibration``). A process that finds a choice there does not
 measure again, but it still compares what was chosen with autograd's own kernel on random numbers.
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from batchjac.calibration import note, recalled
+from batchjac.plain import unrounded
 
 # Below this many multiply-adds a call costs more than its arithmetic.
 SMALL = 1 << 16
@@ -44,7 +45,7 @@ def linear(g: Tensor, w: Tensor) -> Tensor:
         flat = g.reshape(-1, g.shape[-1])
         kernel = fastest()
         if kernel is not _mm and isinstance(g, FakeTensor):
-            kernel = torch.ops.batchjac.linear
+            kernel = _opaque("linear")
         return kernel(flat, w).view(*g.shape[:-1], w.shape[0])
     return torch.matmul(g, w.t())
 
@@ -66,10 +67,12 @@ def _measured(tensor: Tensor) -> bool:
 
 
 @functools.cache
+@unrounded()
 def fastest() -> Linear:
     """oneDNN's linear where it is present, right and faster than ``torch.mm``, else that."""
     onednn = _onednn()
     if onednn is None or not _right(onednn):
+        note(_LINEAR, LINEAR[False])
         return _mm
     known = chosen_linear()
     if known is None:
@@ -92,7 +95,9 @@ def chosen_linear() -> str | None:
 def _matrices(sizes: tuple[int, int, int]) -> list[Tensor]:
     m, k, n = sizes
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, k, generator=generator, dtype=torch.float32) for s in (m, n)]
+    return [
+        torch.randn(s, k, generator=generator, dtype=torch.float32, device="cpu") for s in (m, n)
+    ]
 
 
 def _right(linear: Linear) -> bool:
@@ -249,10 +254,10 @@ def _images(
 ) -> tuple[Tensor, Tensor]:
     """Random cotangents and taps."""
     generator = torch.Generator().manual_seed(0)
-    g = torch.randn(shape, generator=generator, dtype=dtype)
+    g = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
     if last:
         g = g.movedim(1, -1).contiguous().movedim(-1, 1)
-    return g, torch.randn(weight, generator=generator, dtype=dtype)
+    return g, torch.randn(weight, generator=generator, dtype=dtype, device="cpu")
 
 
 def _agreeing(
@@ -294,8 +299,9 @@ def chosen_convolution(
     if _little(shape, weight):
         return ["backward"]
     trial = _trial(layer, shape, weight, sizes, dtype)
+    names = {"backward", *_candidates(layer, len(shape), onward)}  # a file may hold any
     known = [recalled(_question(*trial, last, onward)) for last in (False, True)]
-    return list(dict.fromkeys(k for k in known if k))
+    return list(dict.fromkeys(k for k in known if k in names))
 
 
 def backward(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
@@ -349,7 +355,7 @@ def columns(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> T
         flat = replace(layer, stride=(1, *layer.stride), padding=(0, *layer.padding))
         wide = (*sizes[:2], 1, *sizes[2:])
         return columns(g.unsqueeze(2), w.unsqueeze(2), wide, flat).squeeze(2)
-    where = _columns if not isinstance(g, FakeTensor) else torch.ops.batchjac.columns
+    where = _opaque("columns") if isinstance(g, FakeTensor) else _columns
     found: Tensor = where(g, w, sizes, layer.stride, layer.padding)
     return found
 
@@ -359,25 +365,29 @@ def _has_columns(layer: Convolution, dims: int) -> bool:
     return still and dims in (3, 4)
 
 
-# Kernels that compilers may not look into, as operators that they call. ``_slow_conv2d_backward``
-# says nothing of its result's shape; oneDNN's linear is lowered for weights that are constants.
-_operators = torch.library.Library("batchjac", "DEF")
-_operators.define("linear(Tensor g, Tensor w) -> Tensor")
-_operators.define("columns(Tensor g, Tensor w, int[] sizes, int[] s, int[] pad) -> Tensor")
+@functools.cache
+def _operators() -> torch.library.Library:
+    """Kernels that compilers may not look into, as operators that they call; made when one does.
+
+    ``_slow_conv2d_backward`` says nothing of its result's shape; oneDNN's linear is lowered for
+    weights that are constants.
+    """
+    made = torch.library.Library("batchjac", "FRAGMENT")
+    made.define("linear(Tensor g, Tensor w) -> Tensor")
+    made.define("columns(Tensor g, Tensor w, int[] sizes, int[] s, int[] pad) -> Tensor")
+    made.impl("linear", lambda g, w: fastest()(g, w), "CPU")
+    made.impl("linear", lambda g, w: g.new_empty(g.shape[0], w.shape[0]), "Meta")
+    made.impl("columns", _columns, "CPU")
+    made.impl("columns", lambda g, w, sizes, s, pad: g.new_empty(sizes), "Meta")
+    return made
 
 
-@torch.library.impl(_operators, "linear", "CPU")
-def _linear(g: Tensor, w: Tensor) -> Tensor:
-    """The fastest linear layer."""
-    return fastest()(g, w)
+def _opaque(name: str) -> Callable[..., Tensor]:
+    _operators()
+    found: Callable[..., Tensor] = getattr(torch.ops.batchjac, name)
+    return found
 
 
-@torch.library.impl(_operators, "linear", "Meta")
-def _linear_shape(g: Tensor, w: Tensor) -> Tensor:
-    return g.new_empty(g.shape[0], w.shape[0])
-
-
-@torch.library.impl(_operators, "columns", "CPU")
 def _columns(
     g: Tensor, w: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
@@ -386,8 +396,3 @@ def _columns(
         g, like, w, w.shape[2:], stride, padding, [True, False, False]
     )[0]
     return found
-
-
-@torch.library.impl(_operators, "columns", "Meta")
-def _columns_shape(g: Tensor, w: Tensor, sizes: Sequence[int], *_: Sequence[int]) -> Tensor:
-    return g.new_empty(sizes)

@@ -24,6 +24,7 @@ from batchjac.cost import Rates
 from batchjac.engines import rows as engine
 from batchjac.engines.sweep import Kernels, walk
 from batchjac.graph import Graph, edge_of, prune
+from batchjac.plain import unrounded
 from batchjac.rules import registry
 from batchjac.seeds import Seeds
 
@@ -108,6 +109,7 @@ def pace(
 
 
 @functools.cache
+@unrounded()
 def clock(threads: int) -> Clock:
     """What a node takes on this machine, measured once a day on a small recurrent network."""
     assert threads == torch.get_num_threads()
@@ -120,8 +122,9 @@ _STEPS, _SIZE, _RUNS = 8, 8, 9
 
 def _network() -> tuple[Tensor, Tensor]:
     """A few steps of a gated recurrence, whose nodes are what there usually are many of."""
-    x = torch.full((_SIZE, _SIZE), 0.1, requires_grad=True)
-    w, b = torch.full((_SIZE, 2 * _SIZE), 0.1), torch.zeros(2 * _SIZE)
+    like = torch.zeros((), dtype=torch.float32, device="cpu")
+    x = like.new_full((_SIZE, _SIZE), 0.1).requires_grad_()
+    w, b = like.new_full((_SIZE, 2 * _SIZE), 0.1), like.new_zeros(2 * _SIZE)
     state: Tensor = x
     for _ in range(_STEPS):
         gate, new = torch.addmm(b, state, w).split(_SIZE, 1)
@@ -135,7 +138,7 @@ def _measured() -> dict[str, float]:
     edge = edge_of(x)
     assert y.grad_fn is not None
     graph = prune([y.grad_fn], [(edge.node, edge.output_nr)])
-    block = Block(torch.ones(1, 1, 1), tuple(y.shape))
+    block = Block(y.new_ones(1, 1, 1), tuple(y.shape))
     root = (y.grad_fn, y.output_nr)
     count = len(graph.steps)
     return {

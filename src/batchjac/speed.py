@@ -21,7 +21,7 @@ _FRESH = 4 << 20  # bytes
 
 def _numbers(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def products() -> dict[str, float]:
@@ -42,7 +42,7 @@ def memory() -> dict[str, float]:
     """Bytes and entries a second."""
     x, y = _numbers(1 << 19), _numbers(1 << 19)
     turned = _numbers(256, 32, 8, 16).permute(2, 1, 0, 3)  # rows before heads of 16
-    pooled, places = _numbers(4, 64, 196), 4 * torch.arange(196).expand(4, 64, 196)
+    pooled, places = _numbers(4, 64, 196), 4 * torch.arange(196, device="cpu").expand(4, 64, 196)
     return {
         "cached": 2 * x.nbytes / _best(lambda: torch.mul(x, y)),  # as a block: y is the node's own
         "copied": 2 * turned.nbytes / _best(turned.contiguous),

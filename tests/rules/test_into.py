@@ -159,6 +159,18 @@ def test_slices_add_up_to_what_each_alone_would_give(place, indices, sizes, whol
         assert torch.equal(data, kept)
 
 
+def test_a_slice_that_waits_holds_nothing_but_itself():
+    """A view of much else would keep all of that."""
+    step, _y = step_of(lambda x: x[:, 1], 3, 5, 4)
+    whole = torch.randn(2, 3, 400, dtype=torch.float64)
+    with torch.no_grad():
+        part = registry.find(step).gather(step, [Block(whole[..., :4], (3, 4))])
+    assert part.found[1].data.untyped_storage().nbytes() == 2 * 3 * 4 * 8
+    assert torch.equal(part.found[1].data, whole[..., :4])
+    own = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert shares(registry.find(step).gather(step, [Block(own, (3, 4))]).found[1].data, own)
+
+
 def test_a_slice_by_another_axis_is_a_part_too():
     steps = [step_of(build, 3, 5, 4)[0] for build in (lambda x: x[:, 1], lambda x: x[..., 2])]
     blocks = [Block(torch.randn(2, 3, n, dtype=torch.float64), (3, n)) for n in (4, 5)]

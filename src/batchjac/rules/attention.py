@@ -14,8 +14,8 @@ and for tangents ``tq``, ``tk``, ``tv``, ``tm`` of the four::
     tP[l,s] = P[l,s] (tS[l,s] - sum_s P[l,s] tS[l,s])
     ty[l,d] = sum_s (tP[l,s] v[s,d] + P[l,s] tv[s,d])
 
-``P`` and ``y`` have no rows. They are computed again from what the node saved, so the result can be
-differentiated any number of times; the node itself only once. With the rows beside the queries or
+``P`` and ``y`` have no rows. ``P``, and for a result that can be differentiated any number of times
+``y`` too, is computed again from what the node saved; the node itself can be only once. With the rows beside the queries or
 the features, ``g[l,v,d]`` and ``dS[l,v,s]``, each line is one matrix product for each head, which
 reads what the rows share once.
 
@@ -115,7 +115,10 @@ def _shared(step: Step) -> _Shared:
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     weights = _softmax(torch.matmul(q * scale, k.mT), _mask(step, q, k)).flatten(0, 1)
     q, k, v = (x.flatten(0, 1) for x in (q * scale, k * scale, v))
-    output = torch.bmm(weights, v)
+    if torch.is_grad_enabled():
+        output = torch.bmm(weights, v)
+    else:
+        output = _wide(step.saved("output")).flatten(0, 1)
     return _Shared(q, k, v, weights.mT, weights.unsqueeze(2), output.unsqueeze(2))
 
 

@@ -48,30 +48,42 @@ class Slices:
 
     def take(self, other: Block | Gathered) -> None:
         """Rows of the same slice are added, and what is no slice along this axis is a rest."""
-        if isinstance(other, Slices) and other.dim == self.dim and other.rest is None:
+        if isinstance(other, Slices) and other.dim == self.dim:
+            assert other.rest is None
             for k, block in other.found.items():
                 before = self.found.get(k)
                 self.found[k] = block if before is None else before.plus(block)
         else:
             whole = other if isinstance(other, Block) else other.block()
             self.rest = whole if self.rest is None else self.rest.plus(whole)
+        if self.rest is not None and self.rest.writable:  # no need to keep both
+            for k, part in self._parts().items():
+                self.rest.data.narrow(self.dim + 1, k, 1).add_(part)
+            self.found.clear()
 
     def block(self) -> Block:
         """Side by side; zeros are written only where a slice is missing."""
-        shape = (*self.edge.shape[: self.dim], 1, *self.edge.shape[self.dim + 1 :])
-        parts = {k: block.reshape(shape).data for k, block in self.found.items()}
-        sizes = torch.broadcast_shapes(*(_sizes(p, self.dim + 1, 1) for p in parts.values()))
-        parts = {k: part.expand(sizes) for k, part in parts.items()}
-        if self.rest is not None and self.rest.writable:
-            for k, part in parts.items():
-                self.rest.data.narrow(self.dim + 1, k, 1).add_(part)
+        if not self.found:
+            assert self.rest is not None
             return self.rest
-        if len(parts) == self.edge.shape[self.dim]:
-            whole = _joined([parts[k] for k in sorted(parts)], self.dim, self.edge)
+        parts, size = self._parts(), self.edge.shape[self.dim]
+        recorded = torch.is_grad_enabled()
+        if len(parts) == size or recorded:  # recorded writes would each copy all of it
+            zero = torch.zeros_like(next(iter(parts.values())))
+            whole = _joined([parts.get(k, zero) for k in range(size)], self.dim, self.edge)
         else:
             whole = self._among_zeros(parts)
-        whole = whole.owned_if(not torch.is_grad_enabled())
+        whole = whole.owned_if(not recorded)
         return whole if self.rest is None else whole.plus(self.rest)
+
+    def _parts(self) -> dict[int, Tensor]:
+        """The slices, each with an axis of size 1 where it was cut, all of the same sizes."""
+        shape = (*self.edge.shape[: self.dim], 1, *self.edge.shape[self.dim + 1 :])
+        parts = {k: block.reshape(shape).data for k, block in self.found.items()}
+        if not parts:
+            return {}
+        sizes = torch.broadcast_shapes(*(_sizes(p, self.dim + 1, 1) for p in parts.values()))
+        return {k: part.expand(sizes) for k, part in parts.items()}
 
     def _among_zeros(self, parts: dict[int, Tensor]) -> Block:
         one = next(iter(parts.values()))
@@ -86,10 +98,13 @@ class Slices:
 def _slice(step: Step, blocks: Blocks) -> Slices:
     g, edge = only(step, blocks)
     dim = step.saved("dim") % len(edge.shape)
+    data = g.data
+    if data.untyped_storage().nbytes() > 2 * data.nbytes and not torch.is_grad_enabled():
+        g = g.with_data(data.clone())  # while it waits, a view keeps all that it is a view of
     return Slices(edge, dim, {step.saved("index") % edge.shape[dim]: g})
 
 
-@rule("SelectBackward0", samples=_select_samples, gather=_slice, fresh=True)
+@rule("SelectBackward0", samples=_select_samples, gather=_slice)
 def select(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y = x[k]``: ``g[v]`` at ``k``, zero elsewhere."""
     return [_slice(step, blocks).block()]

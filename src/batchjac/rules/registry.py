@@ -49,7 +49,8 @@ class Rule:
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
 
     ``gather(step, blocks)`` holds what ``reverse`` would return for the only edge until the parts
-    of its neighbours are there: a tensor that was taken apart is then written once.
+    of its neighbours are there: a tensor that was taken apart is then written once. A walk calls it
+    instead of ``reverse``; it covers every case.
 
     ``fresh`` claims that a block for a single edge is new memory, or a block that came in: no view
     of one, nor of what the forward saved. Later nodes may then write into it.
