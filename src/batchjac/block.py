@@ -62,11 +62,11 @@ class Block:
         Old and new axes are cut into the shortest groups of equal volume; inside a group the data
         is either all repeated, and stays so, or it is expanded.
         """
-        if self.data.shape[1:] == self.shape:
-            return Block(self.data.reshape(self.rows, *shape), tuple(shape))
         shape = tuple(shape)
         if shape == self.shape:
             return self
+        if self.data.shape[1:] == self.shape:
+            return Block(self.data.reshape(self.rows, *shape), shape)
         sizes = [self.rows]
         expanded = [self.rows]
         for old, new in _groups(self.shape, shape):

@@ -15,9 +15,9 @@ and for tangents ``tq``, ``tk``, ``tv``, ``tm`` of the four::
     ty[l,d] = sum_s (tP[l,s] v[s,d] + P[l,s] tv[s,d])
 
 ``P`` and ``y`` have no rows. ``P``, and for a result that can be differentiated any number of times
-``y`` too, is computed again from what the node saved; the node itself can be only once. With the rows beside the queries or
-the features, ``g[l,v,d]`` and ``dS[l,v,s]``, each line is one matrix product for each head, which
-reads what the rows share once.
+``y`` too, is computed again from what the node saved; the node itself can be only once. With the
+rows beside the queries or the features, ``g[l,v,d]`` and ``dS[l,v,s]``, each line is one matrix
+product for each head, which reads what the rows share once.
 
 Source: Dao et al., FlashAttention (arXiv 2205.14135), appendix B.2.
 """
