@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 2  # of a file; another number where figures get another meaning
+FORMAT = 3  # of a file; another number where figures get another meaning
 # Other programs, cooling and updates change what a machine does.
 FRESH = 24 * 3600.0  # seconds
 
