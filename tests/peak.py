@@ -136,6 +136,21 @@ class Cells(nn.Module):
         return torch.stack(states, 1).sum(1)[:, :6]
 
 
+class Hand(nn.Module):
+    """A recurrence written by hand: the rows of each step of the input wait for all the others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(1 + width, width), nn.Linear(width, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), self.cell.out_features)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(torch.cat([x[:, t], h], 1)))
+        y: Tensor = self.head(h)
+        return y
+
+
 def images(n: int, channels: int, width: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(n, channels, width, width)
 
@@ -143,6 +158,7 @@ def images(n: int, channels: int, width: int) -> Callable[[], Tensor]:
 CALLS = {
     "conv": Call(conv, images(32, 3, 64)),
     "conv behind a function": Call(conv, images(24, 3, 64), closure=True),
+    "a recurrence by hand": Call(lambda: Hand(127), lambda: torch.randn(256, 256, 1)),
     "many outputs": Call(lambda: mlp(64, 512, 512, 200), lambda: torch.randn(200, 64)),
     "many outputs at the first call": Call(
         lambda: mlp(64, 512, 512, 200), lambda: torch.randn(200, 64), cold=True
