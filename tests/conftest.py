@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from batchjac.engines import compiled
+
 settings.register_profile(
     "batchjac",
     deadline=None,  # the first call of an operator is slow; pytest-timeout guards against hangs
@@ -100,3 +102,18 @@ def routes_are_taken(
 @pytest.fixture
 def falls_back() -> None:
     """Asked for by tests in which rows go another way in the end."""
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """No walk that another test had compiled."""
+    compiled.forget()
+    yield
+    compiled.forget()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled is replayed, however long it takes."""
+    monkeypatch.setattr(compiled, "_seconds", lambda act, noted: 1.0)
+    monkeypatch.setattr(compiled, "_MARGIN", 2.0)
