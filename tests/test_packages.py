@@ -33,6 +33,8 @@ ORDER = (
     "solution",
     "answer",
     "calibration",
+    "ordinary",
+    "product",
     "kernels",
     "speed",
     "rules",

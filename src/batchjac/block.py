@@ -6,9 +6,9 @@ block has no batch axis until something depends on the sample.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class Block:
     def writable(self) -> bool:
         """Whether the rows may be overwritten in place by others of the same shape."""
         return self.owned and self.data.shape[1:] == self.shape and 0 not in self.data.stride()
+
+    @property
+    def memory(self) -> int:
+        """Which memory the rows are in; of stand-ins too, which have no address."""
+        return int(self.data.untyped_storage()._cdata)
 
     def owned_if(self, owned: bool) -> "Block":
         """The same rows, known to be the walk's own or not."""
@@ -113,6 +118,54 @@ class Block:
             return self
         data = self.data.real if self.data.is_complex() and not dtype.is_complex else self.data
         return Block(data.to(dtype), self.shape)
+
+    def on(self, device: torch.device) -> "Block":
+        """The same rows on another device."""
+        return self if self.data.device == device else Block(self.data.to(device), self.shape)
+
+
+class Scaled(Block):
+    """Rows that all samples share, times a diagonal of each sample's own.
+
+    They are multiplied out when they are read; a product that comes next may rather join the shared
+    rows with its matrix, once for all samples. ``scale`` multiplies a tensor ``[*, *shape]``,
+    broadcast, by the diagonal; ``selects``: it lets entries through or not, and 0 times inf is 0.
+    """
+
+    def __init__(self, shared: Block, scale: Callable[[Tensor], Tensor], selects: bool) -> None:
+        # what dataclasses do in a frozen class; ``data`` is computed
+        for name, value in (
+            ("shape", shared.shape), ("shared", shared), ("scale", scale), ("selects", selects),
+        ):  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    shared: Block
+    scale: Callable[[Tensor], Tensor]
+    selects: bool
+
+    @cached_property
+    def data(self) -> Tensor:
+        return self.scale(self.shared.data)
+
+    @property
+    def rows(self) -> int:
+        return self.shared.rows
+
+    @property
+    def memory(self) -> int:
+        return self.shared.memory
+
+    def to(self, dtype: torch.dtype) -> Block:
+        return self if dtype == self.shared.data.dtype else super().to(dtype)
+
+    def on(self, device: torch.device) -> Block:
+        return self if device == self.shared.data.device else super().on(device)
+
+    def diagonal(self) -> Tensor:
+        """The factor of each sample, ``[1, *shape]`` or broadcast to it."""
+        data = self.shared.data
+        ones = torch.ones((1,) * data.dim(), dtype=data.dtype, device=data.device)
+        return self.scale(ones.expand((1,) * (data.dim() - 1) + (self.shape[-1],)))
 
 
 def dense(gradient: Tensor) -> Tensor:

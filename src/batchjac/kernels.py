@@ -23,10 +23,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from batchjac.calibration import note, recalled
+from batchjac.ordinary import measured, single, unrecorded
 from batchjac.plain import unrounded
+from batchjac.product import recorded
 
 # Below this many multiply-adds a call costs more than its arithmetic.
 SMALL = 1 << 16
+# Below this many a product with a history is left to autograd, whose own node costs less.
+LARGE = 1 << 22
 # oneDNN must win by this much on the trial: noise alone must not choose it.
 _MARGIN = 0.9
 _TRIAL = (512, 256, 256)
@@ -41,7 +45,13 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 def linear(g: Tensor, w: Tensor) -> Tensor:
     """``g[..., o] w[i, o]`` summed over ``o``: all rows through one matrix."""
-    if _plain(g) and _plain(w) and g.numel() * w.shape[0] >= SMALL:
+    if g.dim() > 2 and not g.is_contiguous() and g.transpose(0, 1).is_contiguous():
+        return linear(g.transpose(0, 1), w).transpose(0, 1)  # samples first, without a copy
+    work = g.numel() * w.shape[0]
+    real = not isinstance(g, FakeTensor)
+    if real and torch.is_grad_enabled() and work >= LARGE and single(g) and single(w):
+        return recorded(_multiply, g.reshape(-1, g.shape[-1]), w).view(*g.shape[:-1], w.shape[0])
+    if unrecorded(g) and unrecorded(w) and work >= SMALL:
         flat = g.reshape(-1, g.shape[-1])
         kernel = fastest()
         if kernel is not _mm and isinstance(g, FakeTensor):
@@ -50,20 +60,9 @@ def linear(g: Tensor, w: Tensor) -> Tensor:
     return torch.matmul(g, w.t())
 
 
-def _plain(tensor: Tensor) -> bool:
-    """A float32 matrix in CPU memory without a history, under no transform."""
-    recorded = tensor.requires_grad and torch.is_grad_enabled()
-    return _measured(tensor) and tensor.dtype == torch.float32 and not recorded
-
-
-def _measured(tensor: Tensor) -> bool:
-    """Real numbers in CPU memory, under no transform: there the kernels differ much."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
-        and tensor.dtype in (torch.float32, torch.float64)
-        and tensor.device.type == "cpu"
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+def _multiply(g: Tensor, w: Tensor) -> Tensor:
+    """The same of matrices, wherever a derivative of it is computed: under a transform too."""
+    return fastest()(g, w) if single(g) and single(w) else torch.matmul(g, w.t())
 
 
 @functools.cache
@@ -160,7 +159,7 @@ def convolution(
 
     ``onward``: what comes next takes any order of axes in memory, so that channels may stay last.
     """
-    if not (_measured(g) and _measured(w)) or _little(g.shape, w.shape):
+    if not (measured(g) and measured(w)) or _little(g.shape, w.shape):
         return backward(g, w, sizes, layer)
     last = not g.is_contiguous() and g.movedim(1, -1).is_contiguous()
     kernel = _fastest_convolution(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchjac.block import Block
-from batchjac.rules.pointwise import keep
+from batchjac.rules.diagonal import keep
 from batchjac.samples import SampleAxis
 from tests.rules.common import BF16, C128, F32, F64, Case, laws, record
 

@@ -109,7 +109,7 @@ def through(step: Step, blocks: Blocks) -> Blocks:
 
 
 def _like(block: Block, meta: Meta) -> Block:
-    return block.with_data(block.data.to(device=meta.device, dtype=meta.dtype))
+    return block.on(meta.device).to(meta.dtype)
 
 
 def _finite(data: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from batchjac.block import Block
+from batchjac.block import Block, Scaled
 from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
 from batchjac.graph import Edge, Graph, Slot, Step
@@ -140,9 +140,10 @@ def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
         return _lent(gradients)
     if not rule.fresh or not made or any(made[0] is b for b in blocks):
         return gradients
-    memory = made[0].data.untyped_storage()._cdata  # of stand-ins too, which have no address
-    came = [b.data.untyped_storage()._cdata for b in blocks if b is not None]
-    return [b and b.owned_if(memory not in came) for b in gradients]
+    if isinstance(made[0], Scaled):  # made when it is read, and kept by it
+        return gradients
+    came = [b.memory for b in blocks if b is not None]
+    return [b and b.owned_if(made[0].memory not in came) for b in gradients]
 
 
 def _lent(blocks: Blocks) -> Blocks:

@@ -81,7 +81,7 @@ def diagonal(reverse: Reverse) -> Forward:
                 return NotImplemented
             part = found[k]
             if part is not None:
-                part = part.with_data(part.data.to(step.outputs[0].device))
+                part = part.on(step.outputs[0].device)
                 total = part if total is None else total.plus(part)
         return first(step, total)
 

@@ -12,15 +12,8 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Edge, Step
 from batchjac.rules.apart import entrywise
-from batchjac.rules.pointwise import (
-    keep,
-    only,
-    scaled,
-    smooth,
-    times,
-    wide,
-    zero,
-)
+from batchjac.rules.diagonal import keep, scaled, times, wide, zero
+from batchjac.rules.pointwise import only, smooth
 from batchjac.rules.registry import Blocks
 
 PASSING = (

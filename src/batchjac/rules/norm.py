@@ -22,7 +22,8 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample
-from batchjac.rules.pointwise import only, times_last
+from batchjac.rules.diagonal import times_last
+from batchjac.rules.pointwise import only
 from batchjac.rules.registry import Blocks, Forward, PerSample, Reverse, first, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
 

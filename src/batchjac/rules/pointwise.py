@@ -16,6 +16,16 @@ from torch import Tensor
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.apart import diagonal, entrywise
+from batchjac.rules.diagonal import (
+    beside,
+    keep,
+    opened,
+    passed,
+    times,
+    times_last,
+    wide,
+    zero,
+)
 from batchjac.rules.registry import Blocks, elementwise, forward, rule, single
 from batchjac.samples import Place, SampleAxis
 
@@ -77,73 +87,6 @@ def only(blocks: Blocks) -> Block:
     return block
 
 
-def wide(tensor: Tensor, dims: int) -> Tensor:
-    """A tensor that is broadcast to ``dims`` axes, with a row axis of size 1 before them.
-
-    One without axes stays so: torch promotes dtypes differently for those.
-    """
-    have = tensor.dim()
-    if have == 0:
-        return tensor
-    if have == dims:
-        return tensor.unsqueeze(0)
-    return tensor.reshape((1,) * (1 + dims - have) + tuple(tensor.shape))
-
-
-def times(block: Block, factor: Tensor) -> Block:
-    """``g[v, ...] * factor[...]``, the factor broadcast to the block's shape."""
-    return block.with_data(block.data * wide(factor, len(block.shape)))
-
-
-def times_last(block: Block, factor: Tensor) -> Block:
-    """The same, in place where the rows may be overwritten: for the last use of a block."""
-    if block.writable and factor.dtype == block.data.dtype:
-        block.data.mul_(alike(wide(factor, len(block.shape)), block.data))
-        return block
-    return times(block, factor)
-
-
-def alike(tensor: Tensor, data: Tensor) -> Tensor:
-    """What is to meet the rows ``data [V, *s]``, its axes in memory in the order of theirs.
-
-    One copy serves all rows; where the orders differ, a product takes several times as long.
-    """
-    if data.is_contiguous() or tensor.dim() != data.dim() or 1 in tensor.shape[1:]:
-        return tensor
-    order = sorted(range(1, data.dim()), key=data.stride, reverse=True)
-    order.insert(0, 0)
-    back = sorted(range(data.dim()), key=order.__getitem__)
-    return tensor.permute(order).contiguous().permute(back)
-
-
-def scaled(block: Block, factor: complex) -> Block:
-    """``g conj(factor)``; untouched where the factor is 1."""
-    return block if factor == 1 else block.with_data(block.data * factor.conjugate())
-
-
-def keep(block: Block, mask: Tensor) -> Block:
-    """The block where ``mask`` holds and 0 elsewhere, also where the block is inf or nan.
-
-    ``threshold_backward`` does that at the speed of a product; ``where`` takes three times as long.
-    """
-    mask = wide(mask, len(block.shape))
-    data = block.data
-    if not data.is_floating_point():
-        return block.with_data(torch.where(mask, data, data.new_zeros(())))
-    return block.with_data(torch.ops.aten.threshold_backward(data, mask.to(data.dtype), 0))
-
-
-def zero(block: Block) -> Block:
-    """No change anywhere: rows of zeros, repeated along all axes."""
-    return block.with_data(block.data.new_zeros((block.rows,) + (1,) * len(block.shape)))
-
-
-def open_last(block: Block) -> Tensor:
-    """The data, its last axis at full size: repeated along it, a gate takes four times as long."""
-    repeated = bool(block.shape) and block.data.shape[-1] == 1
-    return block.spread(-1).contiguous() if repeated else block.data
-
-
 def real_within_complex(step: Step) -> bool:
     """Whether a real edge meets complex rows: the node then drops what multiplies the imaginary."""
     real = any(e is not None and not e.meta.dtype.is_complex for e in step.edges)
@@ -194,11 +137,16 @@ GATES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n]`` where ``y[n] > 0``, else 0."""
     g = only(blocks)
-    y = alike(wide(step.saved("result"), len(g.shape)), g.data)
+    y = beside(g, step.saved("result"))
     if g.writable:
         aten.threshold_backward.grad_input(g.data, y, 0, grad_input=g.data)
         return [g]
-    return [g.with_data(aten.threshold_backward(open_last(g), y, 0))]
+
+    def through(data: Tensor) -> Tensor:
+        gradient: Tensor = aten.threshold_backward(opened(data, g.shape), y, 0)
+        return gradient
+
+    return [passed(g, y, through, selects=True)]
 
 
 # The derivative in one operation, from the result: a recurrent network is made of these.
@@ -212,14 +160,20 @@ OF_RESULT: dict[str, tuple[Any, Any]] = {
 def of_result(step: Step, blocks: Blocks) -> Any:
     """``g[v n] f'(x)[n]`` with ``f' = y (1 - y)`` or ``1 - y^2``."""
     g = only(blocks)
-    if torch.is_grad_enabled() or g.data.is_complex() or real_within_complex(step):
+    complex_ = step.outputs[0].dtype.is_complex
+    if torch.is_grad_enabled() or complex_ or real_within_complex(step):
         return smooth(step, blocks)
     backward, into = OF_RESULT[step.name]
-    y = alike(wide(step.saved("result"), len(g.shape)), g.data)
+    y = beside(g, step.saved("result"))
     if g.writable and y.dtype == g.data.dtype:
         into(g.data, y, grad_input=g.data)
         return [g]
-    return [g.with_data(backward(open_last(g), y))]
+
+    def through(data: Tensor) -> Tensor:
+        gradient: Tensor = backward(opened(data, g.shape), y)
+        return gradient
+
+    return [passed(g, y, through)]
 
 
 @rule(*GATES, samples=elementwise, fresh=True)

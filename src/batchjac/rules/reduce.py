@@ -14,7 +14,8 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.pointwise import derivative, keep, only, real_within_complex, times, zero
+from batchjac.rules.diagonal import keep, times, zero
+from batchjac.rules.pointwise import derivative, only, real_within_complex
 from batchjac.rules.registry import Blocks, forward, rule, single
 from batchjac.samples import Place, SampleAxis, moved
 

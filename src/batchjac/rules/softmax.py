@@ -8,7 +8,8 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.graph import Step
-from batchjac.rules.pointwise import only, wide
+from batchjac.rules.diagonal import wide
+from batchjac.rules.pointwise import only
 from batchjac.rules.registry import Blocks, rule, single
 from batchjac.samples import Place, SampleAxis
 
