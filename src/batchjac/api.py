@@ -5,7 +5,7 @@ from typing import Any
 
 from batchjac.planning import Planned, kinds, sketch
 from batchjac.problem import pose
-from batchjac.solve import solve
+from batchjac.recompute import answer
 
 
 def jacobian(
@@ -116,7 +116,7 @@ def jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
-    return solve(problem, max_memory, out).jacobian
+    return answer(problem, max_memory, out).jacobian
 
 
 def value_and_jacobian(
@@ -157,7 +157,7 @@ def value_and_jacobian(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode=mode, coupling=coupling,
         create_graph=create_graph, batched=batched, compile=compile,
     )  # fmt: skip
-    solution = solve(problem, max_memory, out, valued=True)
+    solution = answer(problem, max_memory, out, valued=True)
     return solution.value(), solution.jacobian
 
 

@@ -48,6 +48,8 @@ TOGETHER = 16
 # Bytes of input for the first forward, before anything is known of the activations; twice as many
 # go at once. An integer is an index into vectors. Source: as above, 0.9 to 16 MiB of input.
 FIRST, FIRST_OF_INDEX = 1 << 20, 1 << 14
+# Samples that are computed again together where they fit, however wide their blocks are.
+FEWEST = 16
 # What stays with the process after a call, freed, for the next one.
 FREED = 256 << 20
 # Bytes of activations for one byte of input and one output channel of any layer: four of them
@@ -269,18 +271,10 @@ def _live(graph: Graph, sizes: Mapping[Slot, int]) -> int:
     return peak
 
 
-def check_history(
-    graphs: Sequence[Graph],
-    captured: int,
-    samples: int,
-    rows: int,
-    shared: Collection[Slot],
-    allowed: int,
-    result: int,
-) -> None:
-    """Refuse a differentiable answer, which keeps every block of every walk, if that is too much.
+def history(graphs: Sequence[Graph], captured: int, rows: int, shared: Collection[Slot]) -> int:
+    """Bytes for each sample of a differentiable answer, which keeps every block of every walk.
 
-    ``captured`` samples were recorded, out of ``samples``. Chunks change nothing here.
+    The answer itself is not counted; ``captured`` samples were recorded.
     """
     blocks = sum(
         _size(e.meta) * (captured if (e.node, e.slot) in shared else 1)
@@ -289,14 +283,41 @@ def check_history(
         for e in step.edges
         if e is not None
     )
-    each = need(graphs, captured, shared).saved + math.ceil(HISTORY * rows * blocks / captured)
+    return need(graphs, captured, shared).saved + math.ceil(HISTORY * rows * blocks / captured)
+
+
+class TooLong(BudgetError):
+    """The history of the whole answer does not fit; that of some samples might."""
+
+
+def check_history(each: int, samples: int, allowed: int, result: int) -> None:
+    """Refuse a history of ``each`` bytes for every sample. Chunks change nothing here."""
     total = 2 * result + samples * each  # the result is joined over rows, then over samples
     if total > allowed:
-        raise BudgetError(
+        raise TooLong(
             f"max_memory allows {_text(allowed)}, but with create_graph=True all that leads to the "
             f"result stays, {_text(total)}; the least that would do is max_memory={total}. Take "
             "fewer samples or select outputs="
         )
+
+
+def pieces(each: int, samples: int, allowed: int, kept: int, widest: int) -> int:
+    """How many samples are computed again together: their history fits beside what is kept.
+
+    ``each``: bytes of the history of a sample; ``widest``: of the blocks of all its rows, which
+    stay in the cache if that leaves enough samples to share what a walk costs.
+    """
+    most = min(samples, (allowed - kept) // each)
+    if most < 1:
+        total = kept + each
+        raise BudgetError(
+            f"max_memory allows {_text(allowed)}, but the result and its gradient take "
+            f"{_text(kept)}, and with create_graph=True all that leads to the result of one sample "
+            f"{_text(each)} beside it; the least that would do is max_memory={total}. Take fewer "
+            "samples or select outputs="
+        )
+    few = max(FEWEST, BLOCK // max(1, widest))
+    return math.ceil(samples / math.ceil(samples / min(most, few)))
 
 
 def first(

@@ -20,10 +20,10 @@ from batchjac.job import Goal, Job, jobs, need, reasons, units, width
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
+from batchjac.recompute import answer
 from batchjac.route import Chain, Forward, Route, Up, passes, span
 from batchjac.rules import registry
 from batchjac.sink import size
-from batchjac.solve import solve
 from batchjac.state import untouched
 from batchjac.tree import Tree
 
@@ -54,7 +54,7 @@ class Planned:
         # of more samples the result is larger, so that the chunks must be found anew
         more = problem.samples > self.plan.batch or (out is None) == self.plan.mapped
         fixed = None if more else Chunk(self.plan.samples, self.plan.rows)
-        return solve(problem, self.max_memory, out, fixed).jacobian
+        return answer(problem, self.max_memory, out, fixed).jacobian
 
     def _check(self, came: Sequence[str]) -> None:
         planned, given = dict(map(_named, self.kinds)), dict(map(_named, came))

@@ -55,6 +55,9 @@ class Problem:
     mode: Mode = "auto"
     vmapped: bool = True  # a function of one sample may run under torch.vmap
     compiler: str | None = None  # what walks are handed to, as torch.compile names it
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = (
+        contextlib.nullcontext
+    )  # each call
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -65,9 +68,18 @@ class Problem:
 
     def call(self, leaves: Sequence[Any]) -> Any:
         """``f`` on these leaves in the nesting of the inputs: ``f(*x)``, ``f(**x)`` or ``f(x)``."""
-        if not self.batched:
-            return _per_sample(self.function, self.tree, leaves, self.vmapped)
-        return _apply(self.function, self.tree.build(leaves))
+        with self.around():
+            if not self.batched:
+                return _per_sample(self.function, self.tree, leaves, self.vmapped)
+            return _apply(self.function, self.tree.build(leaves))
+
+    def part(self, samples: slice, leaves: Sequence[Any]) -> "Problem":
+        """The same question of these samples alone, whose inputs are ``leaves``."""
+        outputs = self.outputs
+        if isinstance(outputs, Tensor) and outputs.dim() == 1:
+            outputs = outputs[samples]
+        tree, count = replace(self.tree, leaves=tuple(leaves)), samples.stop - samples.start
+        return replace(self, inputs=tree.build(leaves), tree=tree, samples=count, outputs=outputs)
 
 
 def _apply(function: Callable[..., Any], inputs: Any) -> Any:

@@ -31,7 +31,14 @@ def untouched(module: nn.Module | None) -> Iterator[Callable[[], None]]:
     just before its first call. Raises ``StateError`` when the block wrote into a parameter: a copy
     of all parameters for the case that somebody does would cost as much memory as the model.
     """
-    before = _Before()
+    with remembered(module) as before:
+        yield before.restore
+
+
+@contextlib.contextmanager
+def remembered(module: nn.Module | None) -> Iterator["Before"]:
+    """The same, yielding what was remembered, to which one may come back later."""
+    before = Before()
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         stack.enter_context(_random_state())
         stack.enter_context(torch.inference_mode(False))
@@ -40,12 +47,21 @@ def untouched(module: nn.Module | None) -> Iterator[Callable[[], None]]:
             before.note(module)
         else:
             stack.enter_context(_noted(before))
-        yield before.restore
+        yield before
     before.check()
 
 
+def seed(number: int) -> None:
+    """Start all random numbers from here."""
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(number % (1 << 32))
+
+
 @contextlib.contextmanager
-def _noted(before: "_Before") -> Iterator[None]:
+def _noted(before: "Before") -> Iterator[None]:
     """Note every module that runs in this block, before it runs the first time and afterwards.
 
     Inside a ``torch.func`` transform a module's tensors stand for others, so it is left alone.
@@ -138,10 +154,11 @@ def _total(data: Tensor) -> Tensor:
     return data.sum(dtype=torch.float32 if half else None)
 
 
-class _Before:
+class Before:
     """What modules were like when they were noted."""
 
     def __init__(self) -> None:
+        self.roots: list[nn.Module] = []
         self.attributes: dict[nn.Module, dict[str, Any]] = {}
         self.contents: dict[int, tuple[Any, Any]] = {}  # by id: a container and its shallow copy
         self.entered: dict[tuple[nn.Module, str], dict[str, Any]] = {}
@@ -156,6 +173,7 @@ class _Before:
         (``torch.func.functional_call``); of those tables only what the call itself replaces is put
         back.
         """
+        self.roots.append(module)
         for child in module.modules():
             if child not in self.attributes:
                 held = dict(vars(child))
@@ -214,6 +232,18 @@ class _Before:
                 buffer.data.copy_(value)
         for p, parameter in self.parameters.items():
             parameter.restore(p)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """For a block the modules are as they were when they were noted."""
+        now = Before()
+        for module in self.roots:
+            now.note(module)
+        try:
+            self.restore()
+            yield
+        finally:
+            now.restore()
 
     def check(self) -> None:
         """Refuse a function that wrote into a parameter."""
