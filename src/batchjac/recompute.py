@@ -31,7 +31,7 @@ from batchjac.problem import Problem, differentiable
 from batchjac.sink import size
 from batchjac.solution import Solution
 from batchjac.solve import solve
-from batchjac.state import Before, remembered, seed
+from batchjac.state import Before, normal, remembered, seed
 from batchjac.tree import Tree, emptied, flatten
 
 # From the Jacobian of some samples, and which they are, to tensors with those samples first.
@@ -124,6 +124,12 @@ def _measured(problem: Problem, allowed: int, copies: float) -> tuple[int, int]:
     n = memory.first(tensors, problem.module, problem.samples, allowed, told=True)
     with remembered(problem.module) as before, taken_apart(before.restore):
         with capture(problem, slice(0, n)) as captured:
+            if captured.hooked and problem.create_graph:
+                raise UnsupportedError(
+                    "the function hooks gradients, and what a hook does to the gradient of a loss "
+                    "may depend on all samples at once, which max_memory does not hold; raise "
+                    "max_memory so that the whole history fits, or remove the hooks"
+                )
             work = jobs(problem, captured, slice(0, n), Kernels())
             shapes = [(job.shape(g), g.target.dtype) for job in work for g in job.goals]
             result = sum(size(shape[1:], dtype) for shape, dtype in shapes)
@@ -356,7 +362,7 @@ def _records(leaf: Any) -> bool:
 
 
 def _cut(leaves: Sequence[Any], samples: slice) -> list[Any]:
-    return [leaf[samples] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [normal(leaf[samples]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _place(results: list[Tensor], pieces: Sequence[Tensor], samples: slice, n: int) -> None:

@@ -66,10 +66,13 @@ def attention(step: Step, blocks: Blocks) -> Any:
         return NotImplemented
     shared = _shared(step)
     found: list[list[Tensor]] = [[] for _ in step.edges]
+    heads = step.saved("key").shape[1]
     for rows in _groups(step, g):
-        for parts, part in zip(found, _products(step, shared, rows), strict=True):
+        for k, part in enumerate(_products(step, shared, rows)):
             if part is not None:
-                parts.append(part)
+                # queries that read one key's head, side by side
+                one_each = k not in (1, 2) or part.shape[2] == heads
+                found[k].append(part if one_each else part.unflatten(2, (heads, -1)).sum(3))
     return [
         None if e is None else _joined(parts).sum_to(e.shape)
         for e, parts in zip(step.edges, found, strict=True)
@@ -83,14 +86,15 @@ def _joined(groups: list[Tensor]) -> Block:
 
 
 def _covered(step: Step) -> bool:
-    """Grouped heads and dropout are left to the node; so are causal masks that are not square.
+    """Dropout is left to the node; so are causal masks that are not square.
 
     (The node for CPU anchors them at the first key; other kernels do not all agree.)
     """
     query, key = step.saved("query"), step.saved("key")
     square = step.name.endswith("ForCpuBackward0") or query.shape[-2] == key.shape[-2]
-    same_heads = query.dim() == 4 and query.shape[:2] == key.shape[:2]
-    return same_heads and step.saved("dropout_p") == 0 and (square or not step.saved("is_causal"))
+    heads = query.dim() == 4 and query.shape[1] % key.shape[1] == 0
+    same = heads and query.shape[0] == key.shape[0]
+    return same and step.saved("dropout_p") == 0 and (square or not step.saved("is_causal"))
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class _Shared:
 
 def _shared(step: Step) -> _Shared:
     q, k, v = (_wide(step.saved(name)) for name in ("query", "key", "value"))
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scale = step.saved("scale")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     weights = _softmax(torch.matmul(q * scale, k.mT), _mask(step, q, k)).flatten(0, 1)
@@ -188,7 +194,7 @@ def _change(s: _Shared, g: Tensor) -> Tensor:
 @forward(*NODES)
 def attention_forward(step: Step, blocks: Blocks) -> Any:
     """``ty`` of the equations above for each row."""
-    if not _covered(step):
+    if not _covered(step) or step.saved("key").shape[1] != step.saved("query").shape[1]:
         return NotImplemented
     shared = _shared(step)
     lead = (*step.saved("query").shape[:-1], step.saved("key").shape[-2])
