@@ -1,7 +1,7 @@
 """Do samples depend on each other? What gradients of one chunk say, and values of several."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -73,21 +73,19 @@ class Values:
     random: bool = False
     ends: dict[int, Tensor] = field(default_factory=dict)  # values of the last samples so far
 
-    def half(self, samples: slice, captured: Capture) -> None:
-        """Refuse if the first chunk has other values than half of it."""
-        part = slice(samples.start, samples.start + max(1, captured.samples // 2))
-        if captured.samples == 1:
-            part = slice(samples.start, samples.start + 2)
+    def half(self, count: int, outputs: Mapping[int, Tensor]) -> None:
+        """Refuse if the first chunk, of so many samples, has other values than half of it."""
+        part = slice(0, count // 2 if count > 1 else 2)
         with self._again(part) as again:
             for path, index, y in _outputs(again):
-                theirs = captured.outputs[index]
+                theirs = outputs[index]
                 n = min(len(y), len(theirs))
                 if not _same(theirs[:n], y[:n]):
                     raise CouplingError(_depends(path))
 
-    def keep(self, captured: Capture) -> None:
-        """Add the value of the chunk just done to what is known of those before."""
-        for index, y in captured.outputs.items():
+    def keep(self, outputs: Mapping[int, Tensor]) -> None:
+        """Add the values of the chunk just done to what is known of those before."""
+        for index, y in outputs.items():
             before = self.ends.get(index)
             self.ends[index] = detached(y) if before is None else torch.cat([before, y.detach()])
 

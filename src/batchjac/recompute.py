@@ -21,6 +21,7 @@ from torch import Tensor
 from batchjac import memory
 from batchjac.aside import aside
 from batchjac.capture import capture
+from batchjac.coupling import Values
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import StateError, UnsupportedError
 from batchjac.graph import let_go, taken_apart
@@ -44,7 +45,6 @@ def recomputed(
     max_memory: int | str | None,
     *,
     copies: float = 0,
-    valued: bool = False,
     fixed: int | None = None,
 ) -> list[Tensor]:
     """What ``then`` makes of the Jacobian of some samples, for all samples, joined along them.
@@ -61,7 +61,6 @@ def recomputed(
         max_memory: Bytes for all that a call takes, forward and backward: the answer, its
             gradient, gradients of what it is differentiated by, and one chunk.
         copies: How many tensors of the size of the Jacobian ``then`` holds, its history included.
-        valued: ``then`` asks for ``solution.value()``.
         fixed: Samples in one chunk, whatever fits; for tests.
 
     Raises:
@@ -72,7 +71,7 @@ def recomputed(
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
     count, rows = _measured(problem, allowed, copies)
-    task = _Task(problem, then, valued, fixed or count, rows, _autocasts())
+    task = _Task(problem, then, fixed or count, rows, _autocasts())
     results = task.forward()
     if not problem.create_graph or not task.tensors:
         return results
@@ -103,7 +102,7 @@ def answer(
             trees.append((samples.stop - samples.start, _bare(value), _bare(j)))
         return [leaf for leaf in (*value.leaves, *j.leaves) if differentiable(leaf)]
 
-    found = iter(recomputed(problem, then, max_memory, valued=valued))
+    found = iter(recomputed(problem, then, max_memory))
     chunks = [(n, value) for n, value, _ in trees]
     value = flatten(Solution(chunks, None).value())
     value = flatten(value.map(lambda leaf: next(found) if differentiable(leaf) else leaf))
@@ -159,7 +158,6 @@ class _Task:
 
     problem: Problem
     then: Then
-    valued: bool
     count: int  # samples in a chunk
     rows: int
     autocasts: Sequence[Callable[[], contextlib.AbstractContextManager[Any]]]
@@ -178,15 +176,18 @@ class _Task:
     def forward(self) -> list[Tensor]:
         """The results without a history, and what must be known to compute them again."""
         seen = Seen()
-        bare = replace(self.problem, create_graph=False, around=seen.looking)
+        plain = replace(self.problem, create_graph=False)
+        bare = replace(plain, around=seen.looking)
         results: list[Tensor] = []
         with remembered(self.problem.module) as before, torch.no_grad():
             draw = partial(torch.randint, (1 << 63) - 1, ())
             self.seeds = tuple(int(draw()) for _ in self.chunks)
+            compared = self._compared(plain, before)
             for samples, number in zip(self.chunks, self.seeds, strict=True):
                 seed(number)
                 leaves = _cut(self.problem.tree.leaves, samples)
                 solution = self._solution(bare, samples, leaves)
+                compared(samples, solution)
                 with seen.looking():
                     pieces = self.then(solution, samples)
                 _place(results, pieces, samples, self.problem.samples)
@@ -212,7 +213,26 @@ class _Task:
     def _solution(self, problem: Problem, samples: slice, leaves: Sequence[Any]) -> Solution:
         """The Jacobian of some samples, whose inputs are ``leaves``."""
         chunk = Chunk(samples.stop - samples.start, self.rows)
-        return solve(problem.part(samples, leaves), None, None, chunk, self.valued)
+        return solve(problem.part(samples, leaves), None, None, chunk, valued=True)
+
+    def _compared(self, plain: Problem, before: Before) -> Callable[[slice, Solution], None]:
+        """What refuses chunks whose samples depend on those of others, as ``solve`` does."""
+        compared = Values(plain, before.restore)
+        if self.count == 1 and plain.samples > 1:  # one sample alone shows nothing
+            self._solution(plain, slice(0, 2), _cut(plain.tree.leaves, slice(0, 2)))
+
+        def compare(samples: slice, solution: Solution) -> None:
+            count = samples.stop - samples.start
+            if count == plain.samples:
+                return
+            leaves = solution.chunks[0][1].leaves
+            outputs = {k: leaf for k, leaf in enumerate(leaves) if differentiable(leaf)}
+            compared.keep(outputs)
+            if samples.start == 0:
+                compared.half(count, outputs)
+            compared.border(samples.stop, count, self.rows, max(2, self.count))
+
+        return compare
 
     def pulled(
         self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]

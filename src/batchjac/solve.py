@@ -33,7 +33,7 @@ from batchjac.plan import Plan
 from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.solution import Solution, kept
-from batchjac.state import untouched
+from batchjac.state import redrawing, untouched
 from batchjac.tree import Tree
 
 log = logging.getLogger("batchjac")
@@ -200,6 +200,7 @@ class _Run:
             self.restore()
         self.ran = True
         self.rows, self.need = 0, None  # fewer rows do not help a forward that runs out
+        redraw = redrawing() if self.fixed else None  # who fixes chunks may compute them again
         with capture(self.problem, samples) as captured:
             try:
                 return self._captured(samples, captured)
@@ -207,6 +208,8 @@ class _Run:
                 level = logging.WARNING if error.loud else logging.INFO
                 log.log(level, "%s: rows now go in reverse", error)
                 self.problem = replace(self.problem, mode="reverse")
+                if redraw:
+                    redraw()
                 return False
 
     def _captured(self, samples: slice, captured: Capture) -> bool:
@@ -245,9 +248,9 @@ class _Run:
         values = kept(captured.values, self.valued, self.problem.create_graph)
         self.values.append((captured.samples, values))
         if captured.samples < self.problem.samples and not self.whole:
-            self.compared.keep(captured)
+            self.compared.keep(captured.outputs)
             if len(self.values) == 1:
-                self.compared.half(samples, captured)
+                self.compared.half(captured.samples, captured.outputs)
         return True
 
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:

@@ -98,17 +98,30 @@ def _noted(before: "Before") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state() -> Iterator[None]:
+    redraw = redrawing()
+    try:
+        yield
+    finally:
+        redraw()
+
+
+def redrawing() -> Callable[[], None]:
+    """What puts all random numbers back to where they are now."""
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     array = numpy.random.get_state() if numpy is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
+    cpu = torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def redraw() -> None:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(array)
+        torch.set_rng_state(cpu)
+        for k, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, k)
+
+    return redraw
 
 
 @dataclass(frozen=True)
