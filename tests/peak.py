@@ -116,6 +116,7 @@ class Call:
     mapped: tuple[int, ...] | None = None  # the result goes to a memory-mapped file
     cold: bool = False  # nothing ran before in this process
     singly: bool = False  # rows go one at a time through autograd's engine
+    trained: bool = False  # a backward pass through the result belongs to the call
 
     def function(self) -> Callable[..., Any]:
         model = self.model()
@@ -177,6 +178,15 @@ CALLS = {
     ),
     "with a history": Call(
         lambda: mlp(64, 128, 128, 20), lambda: torch.randn(400, 64), {"create_graph": True}
+    ),
+    "trained": Call(
+        lambda: nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)),
+        lambda: torch.randn(1500, 64), trained=True,
+    ),
+    "conv, trained": Call(conv, images(300, 3, 16), trained=True),
+    "transformer, trained": Call(
+        lambda: Encoder(32, 64, 2), lambda: torch.randn(200, 12, 32), {"outputs": [0, 1]},
+        trained=True,
     ),
     "a small part of a large value": Call(
         lambda: Part(16, 20_000), lambda: torch.randn(1500, 16)
@@ -259,6 +269,11 @@ def measure(call: Call, budget: int) -> dict[str, Any]:
             j = batchjac.jacobian(f, x, max_memory=budget, **call.options)
         return {"peak": watched.peak - before, "result": j.nbytes}
     batchjac.jacobian(f, x[:2], **call.options)
+    if call.trained:
+        train(f, x[:32], 8 << 20, call.options)
+        before = level()
+        result = train(f, x, budget, call.options)
+        return {"peak": status("VmHWM") - before, "result": result}
     if call.mapped is not None:
         with tempfile.NamedTemporaryFile() as file:
             out = np.memmap(file.name, np.float32, "w+", shape=call.mapped)
@@ -272,6 +287,13 @@ def measure(call: Call, budget: int) -> dict[str, Any]:
     j = batchjac.jacobian(f, x, max_memory=budget, **call.options)
     parts = j.values() if isinstance(j, dict) else [j]
     return {"peak": status("VmHWM") - before, "result": sum(p.nbytes for p in parts)}
+
+
+def train(f: Callable[..., Any], x: Tensor, budget: int, options: dict[str, Any]) -> int:
+    """A step of the Jacobian and its gradient, which the caller makes; bytes of both."""
+    j = batchjac.jacobian(f, x, max_memory=budget, create_graph=True, **options)
+    j.backward(torch.ones_like(j))
+    return 2 * j.nbytes
 
 
 def in_child(call: Call, budget: int) -> dict[str, Any]:

@@ -40,6 +40,9 @@ BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "forward": (32, 64, 128),
     "mixed": (32, 64, 128),
     "mixed past wide cuts": (32, 64, 128),
+    "trained": (64, 96, 128),
+    "conv, trained": (32, 64, 128),
+    "transformer, trained": (48, 96),
 }
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
@@ -83,13 +86,25 @@ def test_the_mapped_result_is_larger_than_its_budget() -> None:
 def test_a_history_that_does_not_fit_is_refused_before_it_is_made() -> None:
     call = CALLS["with a history"]
     model, x = call.function(), call.inputs()
+    options = {**call.options, "coupling": "sum"}  # samples that stay together
     with pytest.raises(BudgetError, match=r"with create_graph=True all .* stays") as caught:
+        jacobian(model, x, max_memory="4MiB", **options)
+    least = int(re.findall(r"max_memory=(\d+)", str(caught.value))[0])
+    with pytest.raises(BudgetError, match=f"max_memory={least}"):
+        jacobian(model, x, max_memory=least - 1, **options)
+    (peak,) = measured("with a history", -(-least // MIB))
+    assert least / 8 < peak["peak"] <= least
+
+
+def test_a_history_of_one_sample_that_does_not_fit_is_refused() -> None:
+    call = CALLS["with a history"]
+    model, x = call.function(), call.inputs()
+    with pytest.raises(BudgetError, match=r"with create_graph=True all .* of one sample") as caught:
         jacobian(model, x, max_memory="4MiB", **call.options)
     least = int(re.findall(r"max_memory=(\d+)", str(caught.value))[0])
     with pytest.raises(BudgetError, match=f"max_memory={least}"):
-        jacobian(model, x, max_memory=least - 1, **call.options)
-    (peak,) = measured("with a history", -(-least // MIB))
-    assert least / 8 < peak["peak"] <= least
+        jacobian(model, x, max_memory=least - 16, **call.options)
+    assert jacobian(model, x, max_memory=least, **call.options).requires_grad
 
 
 def test_a_value_that_does_not_fit_is_refused_where_it_is_asked_for() -> None:

@@ -70,8 +70,8 @@ def recomputed(
     assert problem.coupling == "error", "samples that depend on each other stay together"
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
-    count, rows = _measured(problem, allowed, copies)
-    task = _Task(problem, then, fixed or count, rows, _autocasts())
+    count, rows, kept = _measured(problem, allowed, copies)
+    task = _Task(problem, then, fixed or count, rows, allowed - kept, _autocasts())
     results = task.forward()
     if not problem.create_graph or not task.tensors:
         return results
@@ -117,8 +117,8 @@ def _bare(tree: Tree) -> Tree:
     return emptied(tree, lambda t: t.new_empty(len(t), 0) if differentiable(t) else t)
 
 
-def _measured(problem: Problem, allowed: int, copies: float) -> tuple[int, int]:
-    """How many samples go together, and the rows of each."""
+def _measured(problem: Problem, allowed: int, copies: float) -> tuple[int, int, int]:
+    """How many samples go together, the rows of each, and bytes of what is kept."""
     tensors = [t for t in problem.tree.leaves if isinstance(t, Tensor)]
     n = memory.first(tensors, problem.module, problem.samples, allowed, told=True)
     with remembered(problem.module) as before, taken_apart(before.restore):
@@ -139,7 +139,7 @@ def _measured(problem: Problem, allowed: int, copies: float) -> tuple[int, int]:
         let_go(before.restore)
     kept = 2 * problem.samples * result + _gradients(problem)
     count = memory.pieces(each, problem.samples, allowed, kept, rows * widest)
-    return count, rows
+    return count, rows, kept
 
 
 def _gradients(problem: Problem) -> int:
@@ -160,6 +160,7 @@ class _Task:
     then: Then
     count: int  # samples in a chunk
     rows: int
+    room: int  # bytes beside what is kept
     autocasts: Sequence[Callable[[], contextlib.AbstractContextManager[Any]]]
     seeds: tuple[int, ...] = ()  # of the random numbers of each chunk
     inputs: tuple[int, ...] = ()  # leaves of the inputs that require grad
@@ -183,6 +184,7 @@ class _Task:
             draw = partial(torch.randint, (1 << 63) - 1, ())
             self.seeds = tuple(int(draw()) for _ in self.chunks)
             compared = self._compared(plain, before)
+            heap = self._heap()
             for samples, number in zip(self.chunks, self.seeds, strict=True):
                 seed(number)
                 leaves = _cut(self.problem.tree.leaves, samples)
@@ -191,7 +193,9 @@ class _Task:
                 with seen.looking():
                     pieces = self.then(solution, samples)
                 _place(results, pieces, samples, self.problem.samples)
+                size = sum(piece.nbytes for piece in pieces)
                 del solution, pieces, leaves
+                heap.wrote(size)
         self.before = before
         self._remember(seen)
         return results
@@ -245,12 +249,21 @@ class _Task:
         history = torch.is_grad_enabled()
         totals = _Totals(len(self.inputs), self.problem.samples, history)
         assert self.before is not None
-        with remembered(self.problem.module), self.before.again():
+        heap = self._heap()
+        with self.before.again(), remembered(self.problem.module):
             for samples, number in zip(self.chunks, self.seeds, strict=True):
                 seed(number)
-                for k, gradient in self._again(samples, cotangents, wanted, history).items():
+                found = self._again(samples, cotangents, wanted, history)
+                for k, gradient in found.items():
                     totals.add(k, samples, gradient)
+                del found
+                heap.wrote(0)
         return [totals.result(k) for k in range(len(self.tensors))]
+
+    def _heap(self) -> memory.Heap:
+        heap = memory.Heap()
+        heap.allow(self.room)
+        return heap
 
     def _unchanged(self) -> None:
         for tensor, version in self.versions:

@@ -139,7 +139,8 @@ class _Parameter:
     def of(cls, name: str, p: Tensor) -> "_Parameter":
         version = 0 if p.is_inference() else p._version
         data = p.detach()
-        return cls(name, version, p.requires_grad, p.grad, data, _total(data))
+        grad = p.grad if p.is_leaf else None  # handed in by functional_call it may be a result
+        return cls(name, version, p.requires_grad, grad, data, _total(data))
 
     def restore(self, p: Tensor) -> None:
         """Flag, gradient and storage as they were."""
@@ -147,7 +148,7 @@ class _Parameter:
             p.data = self.data
         if p.requires_grad != self.required:
             p.requires_grad_(self.required)
-        if p.grad is not self.grad:
+        if p.is_leaf and p.grad is not self.grad:
             p.grad = self.grad
 
     def written(self, p: Tensor) -> bool:
@@ -250,13 +251,14 @@ class Before:
     def again(self) -> Iterator[None]:
         """For a block the modules are as they were when they were noted."""
         now = Before()
-        for module in self.roots:
-            now.note(module)
-        try:
-            self.restore()
-            yield
-        finally:
-            now.restore()
+        with _ONE_AT_A_TIME:
+            for module in self.roots:
+                now.note(module)
+            try:
+                self.restore()
+                yield
+            finally:
+                now.restore()
 
     def check(self) -> None:
         """Refuse a function that wrote into a parameter."""
