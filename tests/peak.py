@@ -270,7 +270,7 @@ def measure(call: Call, budget: int) -> dict[str, Any]:
         return {"peak": watched.peak - before, "result": j.nbytes}
     batchjac.jacobian(f, x[:2], **call.options)
     if call.trained:
-        train(f, x[:32], 8 << 20, call.options)
+        train(f, x[:32], 24 << 20, call.options)
         before = level()
         result = train(f, x, budget, call.options)
         return {"peak": status("VmHWM") - before, "result": result}

@@ -42,7 +42,7 @@ BUDGETS: dict[str, tuple[int, ...]] = dict.fromkeys(CALLS, (64,)) | {
     "mixed past wide cuts": (32, 64, 128),
     "trained": (64, 96, 128),
     "conv, trained": (32, 64, 128),
-    "transformer, trained": (48, 96),
+    "transformer, trained": (64, 128),
 }
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"

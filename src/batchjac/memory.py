@@ -283,6 +283,7 @@ def history(graphs: Sequence[Graph], captured: int, rows: int, shared: Collectio
         _size(e.meta) * (captured if (e.node, e.slot) in shared else 1)
         for graph in graphs
         for step in graph.steps
+        if not views(step.name)
         for e in step.edges
         if e is not None
     )
@@ -295,11 +296,12 @@ class TooLong(BudgetError):
 
 def check_history(each: int, samples: int, allowed: int, result: int) -> None:
     """Refuse a history of ``each`` bytes for every sample. Chunks change nothing here."""
-    total = 2 * result + samples * each  # the result is joined over rows, then over samples
+    # the result is joined over rows, then over samples; then it has a gradient
+    total = 2 * result + math.ceil(AGAIN * samples * each)
     if total > allowed:
         raise TooLong(
             f"max_memory allows {_text(allowed)}, but with create_graph=True all that leads to the "
-            f"result stays, {_text(total)}; the least that would do is max_memory={total}. Take "
+            f"result stays until the backward pass, {_text(total)}; the least that would do is max_memory={total}. Take "
             "fewer samples or select outputs="
         )
 
