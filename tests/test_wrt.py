@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchjac import jacobian, value_and_jacobian
 from batchjac.engines import reference, sweep
+from batchjac.testing import jacobian_in_chunks
 from tests.common import N, batch, close, diagonal, mlp
 from tests.routes import walk_by
 
@@ -197,6 +198,71 @@ MANY = ["inputs", "layers.0", "layers.2", "layers.0.weight", "layers.4.bias", "n
 def test_one_forward_and_one_walk(wrt: Any, outputs: Any, rows: int, counted: Counter[str]) -> None:
     jacobian(Forwards(), batch(), wrt=wrt, outputs=outputs)
     assert counted == {"forward": 1, "walk": 1, "rows": rows}
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(),
+            nn.MaxPool1d(2), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.features(x))
+        return y
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    "wrt", [["features.3", "inputs", "features.1"], ["inputs", "features.3", "head.weight"]]
+)
+def test_several_cost_what_the_deepest_does(
+    wrt: list[str], create_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every node is passed once, as for the deepest alone, and no other is."""
+    passed: Counter[str] = Counter()
+    took = sweep.Kernels.took
+
+    def counting(self: sweep.Kernels, name: str, way: str) -> None:
+        passed[name] += 1
+        took(self, name, way)
+
+    monkeypatch.setattr(sweep.Kernels, "took", counting)
+    model, x = Classifier(), batch(1, 8)
+    calls = []
+    jacobian(model, x, wrt=wrt, create_graph=create_graph)  # compared with autograd this once
+    for question in (wrt, "inputs"):
+        passed.clear()
+        jacobian(model, x, wrt=question, create_graph=create_graph)
+        calls.append(dict(passed))
+    calls[0].pop("TBackward0", None)  # on the way to a weight, and to nothing else
+    assert calls[0] == calls[1]
+    assert calls[0]["ConvolutionBackward0"] == 2
+
+
+@pytest.mark.parametrize("outputs", [None, [2, 0], "argmax"])
+@pytest.mark.parametrize("mode", ["auto", "forward", "mixed"])
+def test_several_in_chunks_and_with_a_history(mode: str, outputs: Any) -> None:
+    model, x = Classifier(), batch(1, 8).requires_grad_()
+    wrt = ["inputs", "features.3", "head.weight"]
+    goals = [x, *model.parameters()]
+
+    def loss(j: dict[str, Tensor]) -> Tensor:
+        parts = (part.pow(2).sum() * k for k, part in enumerate(j.values(), 1))
+        return sum(parts, torch.zeros(()))
+
+    expected = reference.jacobian(model, x, wrt=wrt, outputs=outputs, create_graph=True)
+    options = {"wrt": wrt, "outputs": outputs, "mode": mode}
+    whole = jacobian(model, x, create_graph=True, **options)
+    chunked = jacobian_in_chunks(model, x, 2, 1, create_graph=True, **options)
+    close(jacobian_in_chunks(model, x, 2, 1, **options), {k: v.detach() for k, v in whole.items()})
+    theirs = torch.autograd.grad(loss(expected), goals, allow_unused=True)
+    for found in (whole, chunked):
+        assert list(found) == wrt
+        close(found, expected)
+        close(torch.autograd.grad(loss(found), goals, allow_unused=True), theirs)
 
 
 def test_value_and_jacobian_is_one_forward_too(counted: Counter[str]) -> None:

@@ -14,7 +14,7 @@ from batchjac.engines.forward import forward_ready
 from batchjac.engines.mixed import weight
 from batchjac.engines.sweep import per_sample_ready
 from batchjac.errors import UnsupportedError
-from batchjac.graph import Graph, Slot, Step, metas
+from batchjac.graph import Graph, Slot, Step, metas, prune
 from batchjac.plan import Forecast
 from batchjac.route import Chain, Route, Stage, cheapest, stops
 from batchjac.samples import SHARED
@@ -131,9 +131,10 @@ def _choices(
         )
     taken = [c.forecast for c in found.values() if c.taken]
     if mode == "auto" and taken and len(targets) > 1:
-        # one plain walk serves all other targets
+        # one plain walk serves all other targets, and ends at the deepest of them
         walk = cost.seconds(work, width, n, rates)
-        rest = walk if len(taken) < len(targets) else 0.0
+        others = [t.slot for part, t in targets.items() if part not in found or not found[part].taken]
+        rest = cost.seconds(cost.work(prune([root[0]], others).steps, n), width, n, rates)
         written = sum(f.finish for f in taken)
         if MARGIN * (rest + sum(f.route.seconds for f in taken) + written) >= walk + written:
             found = {part: replace(c, taken=False) for part, c in found.items()}
