@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,10 @@ from batchjac.errors import BudgetError, CouplingError, StateError
 from batchjac.problem import Problem, pose
 from batchjac.recompute import recomputed
 from tests.common import batch, close, mlp
+from tests.two_processes import data
+from tests.zoo.registry import default_dtype
+
+ROOT = Path(__file__).parent.parent
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -254,9 +262,7 @@ def test_layers_and_parameters(wrt: str) -> None:
     whole = jacobian(model, x, wrt=wrt, create_graph=True)
     ours = recomputed(asked(model, x, wrt=wrt), then, None, fixed=2)
     theirs = list(whole.values()) if isinstance(whole, dict) else [whole]
-    close(
-        *(torch.autograd.grad(loss(j), goals, materialize_grads=True) for j in (ours, theirs))
-    )
+    close(*(torch.autograd.grad(loss(j), goals, materialize_grads=True) for j in (ours, theirs)))
 
 
 def test_tokens() -> None:
@@ -329,3 +335,25 @@ def test_samples_that_depend_on_each_other_are_refused() -> None:
         again(lambda x: model(x) - model(x).detach().mean(0), batch(), samples=2)
     with pytest.raises(CouplingError):
         again(lambda x: model(x) - model(x).mean(0), batch(), samples=1)
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    """``DistributedDataParallel`` hears of every gradient once, and averages over processes."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.two_processes"]
+    runs = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    with default_dtype(torch.float32):
+        model, x = data()
+        model.max_memory = None
+        model(x).backward()
+    assert said[0] == said[1]
+    for p, found in zip(model.parameters(), said[0], strict=True):
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        ours = torch.zeros_like(p) if found is None else torch.tensor(found, dtype=p.dtype)
+        torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-6)

@@ -133,7 +133,9 @@ def _choices(
     if mode == "auto" and taken and len(targets) > 1:
         # one plain walk serves all other targets, and ends at the deepest of them
         walk = cost.seconds(work, width, n, rates)
-        others = [t.slot for part, t in targets.items() if part not in found or not found[part].taken]
+        others = [
+            t.slot for part, t in targets.items() if part not in found or not found[part].taken
+        ]
         rest = cost.seconds(cost.work(prune([root[0]], others).steps, n), width, n, rates)
         written = sum(f.finish for f in taken)
         if MARGIN * (rest + sum(f.route.seconds for f in taken) + written) >= walk + written:

@@ -153,8 +153,11 @@ class Heap:
         self.looked = 0.0
 
     def allow(self, left: int) -> None:
-        """Hand pages back from when a share of ``left`` bytes is held."""
-        self.limit = left // HELD
+        """Hand pages back from when a share of ``left`` bytes is held, or a MiB if that is more.
+
+        Less is not worth the milliseconds that looking for pages takes in a large process.
+        """
+        self.limit = max(left // HELD, 1 << 20)
 
     def wrote(self, size: int) -> None:
         """Call after each walk, when little is alive but the result, ``size`` bytes longer now."""
