@@ -49,11 +49,18 @@ def jacobian(
             batch normalisation in training: ``"error"``; ``"frozen"``, batch statistics held
             constant; ``"sum"``, the derivative of the sum over samples; ``"full"``,
             ``[N, *out, N, *in]``.
-        create_graph: Make the answer differentiable by inputs and parameters.
+        create_graph: Make the answer differentiable, any number of times, by inputs, parameters
+            and whatever else the function reads. All that leads to the answer is then kept for the
+            backward pass, unless ``max_memory`` does not hold it.
         max_memory: Bytes, or text such as ``"2GiB"``, that the call may take on top of what is
             there, the result included; default: half of what is free. Samples, then rows, are
             taken in chunks that keep it. Random layers draw anew for each chunk of samples; a
             value that depends on which samples come together is refused if they do not all fit.
+            With ``create_graph`` it holds for the backward pass too, with the gradient of the
+            result and the gradients that come of it: a history that would take more is not kept,
+            but made again in the backward pass, for some samples at a time, with the same random
+            numbers, modes and buffers as before. What the function reads must not be changed in
+            between. A backward pass that is itself recorded keeps all of it.
         out: A tensor, NumPy array or memory map ``[N, *out, *in]`` to write the result to; not
             with ``create_graph``.
         batched: ``False`` when ``f`` takes one sample, without the batch axis.
@@ -84,10 +91,12 @@ def jacobian(
         OutError: ``out`` cannot take the result.
         UnsupportedError: ``mode="forward"`` or ``"mixed"`` where a node, hooks on gradients or
             ``coupling`` allow reverse only; a layer's name with ``batched=False``;
-            ``coupling="frozen"`` with hooks on gradients.
+            ``coupling="frozen"`` with hooks on gradients; ``create_graph`` with a ``max_memory``
+            that does not hold the history of a function with such hooks.
         CouplingError: Samples depend on each other; names the module and the remedy.
         BudgetError: ``max_memory`` does not hold one row of one sample; says what would.
-        StateError: The function writes into its parameters, or a named layer runs never or twice.
+        StateError: The function writes into its parameters, or a named layer runs never or twice;
+            in the backward pass, made again, it read other tensors than before.
 
     Cost:
         One forward for each chunk of samples, and one walk over its graph with all rows,
@@ -95,7 +104,9 @@ def jacobian(
         gradients. The first time a function's graph is seen, one backward more, to compare.
         Peak bytes: result + samples x (saved activations + rows x widest two blocks). Going
         forward, ``prod(in)`` columns take the place of the rows; a mixed route also holds the
-        Jacobians that it joins.
+        Jacobians that it joins. With ``create_graph``: result and its gradient + samples x (saved
+        activations + rows x all blocks) x about 2; where chunks are made again, that of one chunk,
+        and one forward and walk more. Several goals: the walk to the deepest, and what is written.
 
     Threads: calls run one after another, because they share the flags of a model.
 

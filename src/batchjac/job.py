@@ -348,11 +348,6 @@ def need(work: Sequence[Job], samples: int) -> memory.Need:
     )
 
 
-def history(work: Sequence[Job], samples: int) -> int:
-    """Bytes for each of the samples of all that leads to a differentiable answer."""
-    return memory.history([job.graph for job in work], samples, units(work), shared(work))
-
-
 def _ordered(job: Job, graph: Graph) -> Graph:
     """The graph's steps as they are taken."""
     return in_engine_order(graph) if job.singly else graph

@@ -32,8 +32,6 @@ FORWARD = 2.0
 # A node computes its gradient beside what it reads (im2col columns, a padded copy, a cast), and
 # the allocator leaves holes. Source: tests/test_memory.py, whose cases stay below their budgets.
 WALK = 3.0
-# With a history all blocks stay, and factors beside them. Source: as above.
-HISTORY = 1.5
 # One part in so many of what is left beside the result is set aside for pages freed but not given
 # back, since giving them back takes a millisecond or two.
 HELD = 8
@@ -42,17 +40,12 @@ HELD = 8
 # Source: nine models timed at five to ten chunk sizes each, 32 MiB of L3: the best were at 8 to 24
 # MiB, up to three times faster than all at once.
 BLOCK = 16 << 20
-# Pulling a cotangent back through a history computes beside it: gradients of the widest blocks, and
-# what convolutions lay out. Source: nine models, fresh processes: 0.3 to 1.85 of the history alone.
-AGAIN = 2.0
 # Rows that go together before samples do: what the forward saved is read once for all of them.
 # Source: as above; beyond eight little is gained.
 TOGETHER = 16
 # Bytes of input for the first forward, before anything is known of the activations; twice as many
 # go at once. An integer is an index into vectors. Source: as above, 0.9 to 16 MiB of input.
 FIRST, FIRST_OF_INDEX = 1 << 20, 1 << 14
-# Samples that are computed again together where they fit, however wide their blocks are.
-FEWEST = 16
 # What stays with the process after a call, freed, for the next one.
 FREED = 256 << 20
 # Bytes of activations for one byte of input and one output channel of any layer: four of them
@@ -204,7 +197,8 @@ def _resident() -> int:
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _size(meta: Meta) -> int:
+def size_of(meta: Meta) -> int:
+    """Bytes of a dense tensor like this."""
     return math.prod(meta.shape) * meta.dtype.itemsize
 
 
@@ -223,7 +217,7 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     row and sample.
     """
     steps = {step.node: step for graph in graphs for step in graph.steps}.values()
-    sizes = {(s.node, k): _size(meta) for s in steps for k, meta in enumerate(s.outputs)}
+    sizes = {(s.node, k): size_of(meta) for s in steps for k, meta in enumerate(s.outputs)}
     saved = sum(
         sizes[step.node, k]
         for step in steps
@@ -235,7 +229,7 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     for step in steps:  # of a part of a graph edges lead out
         for e in step.edges:
             if e is not None and (e.node, e.slot) not in sizes:
-                sizes[e.node, e.slot] = _size(e.meta)
+                sizes[e.node, e.slot] = size_of(e.meta)
     for slot in shared:
         if slot in sizes:
             sizes[slot] *= samples
@@ -275,58 +269,6 @@ def _live(graph: Graph, sizes: Mapping[Slot, int]) -> int:
                 waiting += sizes[slot]
         peak = max(peak, before + int(WALK * (mine + onward)))
     return peak
-
-
-def history(graphs: Sequence[Graph], captured: int, rows: int, shared: Collection[Slot]) -> int:
-    """Bytes for each sample of a differentiable answer, which keeps every block of every walk.
-
-    The answer itself is not counted; ``captured`` samples were recorded.
-    """
-    blocks = sum(
-        _size(e.meta) * (captured if (e.node, e.slot) in shared else 1)
-        for graph in graphs
-        for step in graph.steps
-        if not views(step.name)
-        for e in step.edges
-        if e is not None
-    )
-    return need(graphs, captured, shared).saved + math.ceil(HISTORY * rows * blocks / captured)
-
-
-class TooLong(BudgetError):
-    """The history of the whole answer does not fit; that of some samples might."""
-
-
-def check_history(each: int, samples: int, allowed: int, result: int) -> None:
-    """Refuse a history of ``each`` bytes for every sample. Chunks change nothing here."""
-    # the result is joined over rows, then over samples; then it has a gradient
-    total = 2 * result + math.ceil(AGAIN * samples * each)
-    if total > allowed:
-        raise TooLong(
-            f"max_memory allows {_text(allowed)}, but with create_graph=True all that leads to the "
-            f"result stays until the backward pass, {_text(total)}; the least that would do is max_memory={total}. Take "
-            "fewer samples or select outputs="
-        )
-
-
-def pieces(each: int, samples: int, allowed: int, kept: int, widest: int) -> int:
-    """How many samples are computed again together: their history fits beside what is kept.
-
-    ``each``: bytes of the history of a sample; ``widest``: of the blocks of all its rows, which
-    stay in the cache if that leaves enough samples to share what a walk costs.
-    """
-    each = math.ceil(AGAIN * each)
-    most = min(samples, spare(allowed, kept) // each)
-    if most < 1:
-        total = kept + math.ceil(each * HELD / (HELD - 1)) + 1
-        raise BudgetError(
-            f"max_memory allows {_text(allowed)}, but the result and its gradient take "
-            f"{_text(kept)}, and with create_graph=True all that leads to the result of one sample "
-            f"{_text(each)} beside it; the least that would do is max_memory={total}. Take fewer "
-            "samples or select outputs="
-        )
-    few = max(FEWEST, BLOCK // max(1, widest))
-    return math.ceil(samples / math.ceil(samples / min(most, few)))
 
 
 def first(
@@ -390,14 +332,15 @@ def spare(allowed: int, result: int) -> int:
 def _too_small(least: int, allowed: int, result: int, whole: bool) -> str:
     total = result + math.ceil(least * HELD / (HELD - 1)) + 1
     return (
-        f"max_memory allows {_text(allowed)}, but what is kept takes {_text(result)} and "
-        f"{'the whole batch' if whole else 'one sample'} with one row {_text(total - result)} "
+        f"max_memory allows {text(allowed)}, but what is kept takes {text(result)} and "
+        f"{'the whole batch' if whole else 'one sample'} with one row {text(total - result)} "
         f"beside it; the least that would do is max_memory={total}. If the result is what is "
         "large, select outputs= or pass out= a memory-mapped array"
     )
 
 
-def _text(size: int) -> str:
+def text(size: int) -> str:
+    """A number of bytes as people read it."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac import coupling, memory, verify
+from batchjac import coupling, history, memory, verify
 from batchjac.answer import Part, nest
 from batchjac.capture import Capture, capture, without_graph
 from batchjac.engines.compiled import Compiler
@@ -27,7 +27,7 @@ from batchjac.errors import (
 )
 from batchjac.graph import let_go, taken_apart
 from batchjac.independence import prove
-from batchjac.job import Goal, Job, history, jobs, need, reasons, units, width
+from batchjac.job import Goal, Job, jobs, need, reasons, units, width
 from batchjac.memory import Chunk
 from batchjac.plan import Plan
 from batchjac.problem import Problem, without_routes
@@ -281,8 +281,8 @@ class _Run:
             each = sum(y.nbytes for y in captured.outputs.values()) // captured.samples
             self.result += 2 * self.problem.samples * each
         if self.problem.create_graph and self.told:
-            each = history(work, captured.samples)
-            memory.check_history(each, self.problem.samples, self.allowed, sum(own))
+            each = history.history(work, captured.samples)
+            history.check(each, self.problem.samples, self.allowed, sum(own))
             self.allowed = 1 << 62  # chunks would only add small blocks to what stays
         self.heap.allow(self.allowed - self.result)
         if self.fixed is None:

@@ -53,7 +53,7 @@ def remembered(module: nn.Module | None) -> Iterator["Before"]:
 
 def seed(number: int) -> None:
     """Start all random numbers from here."""
-    torch.random.default_generator.manual_seed(number)
+    torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():  # torch.manual_seed notes a traceback where it is not: 1 ms
         torch.cuda.manual_seed_all(number)
     random.seed(number)
