@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 
 import batchjac
 from batchjac import jacobian
+from batchjac.capture import capture
 from batchjac.cost import NOMINAL
 from batchjac.engines import mixed, reference
 from batchjac.engines.forward import NoForwardRule
+from batchjac.engines.sweep import Kernels
 from batchjac.errors import UnsupportedError
+from batchjac.job import jobs
+from batchjac.problem import pose
 from batchjac.route import Join, Weight
 from benchmarks.cases import CASES as NINE
 from benchmarks.models import mlp
 from tests.relatives import F64, MODES, close, made
-from tests.routes import every_route, planned
+from tests.routes import DEFAULTS, every_route, planned
 from tests.zoo import CASES
 from tests.zoo.verdict import difference, truth
 
@@ -159,6 +164,22 @@ def test_two_targets_share_one_walk_unless_routes_beat_it(monkeypatch: pytest.Mo
     model, x = made("autoencoder")
     wrt = ["0", "2", "4", "inputs"]
     close(jacobian(model, x, wrt=wrt), reference.jacobian(model, x, wrt=wrt))
+
+
+def test_what_is_left_to_the_walk_is_costed_to_the_deepest_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Past the bottleneck by routes of their own; the walk ends before it and costs little."""
+    monkeypatch.setattr(batchjac.choose, "_left", {})
+    monkeypatch.setattr(batchjac.choose, "SHORT", 0.0)
+    monkeypatch.setattr(batchjac.cost, "rates", lambda *_: NOMINAL)
+    layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in ((300, 128), (128, 16), (16, 128))]
+    model = nn.Sequential(*itertools.chain(*layers), nn.Linear(128, 300))
+    problem = pose(model, torch.randn(64, 300), **{**DEFAULTS, "wrt": ["inputs", "3", "5"]})
+    with capture(problem, slice(0, 64)) as captured:
+        (job,) = jobs(problem, captured, slice(0, 64), Kernels())
+        assert [part[1] for part in job.choices] == ["inputs", "3"]
+        assert [goal.part[1] for goal in job.plain] == ["5"]
 
 
 # Memory; that a budget is kept is tests/test_memory.py's.
