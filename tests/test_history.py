@@ -90,3 +90,28 @@ def test_a_linear_model_has_a_history_by_its_weights_only() -> None:
     )
     close(by_x, torch.zeros(N, 3))
     close(by_weight, 2 * N * model.weight.detach())
+
+
+class Penalised(torch.autograd.Function):
+    """The identity; its backward scales by a Jacobian."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.model = model
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * jacobian(ctx.model, x).sum(1), None
+
+
+def test_in_the_middle_of_a_backward_pass(caplog: pytest.LogCaptureFixture) -> None:
+    """A node that is called there knows of the pass, which wants no gradient of it."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Linear(4, 2))
+    x = batch().requires_grad_()
+    expected = jacobian(model, x).sum(1)  # and the graph is known from here on
+    (found,) = torch.autograd.grad(Penalised.apply(x, model).sum(), x)
+    close(found, expected)
+    assert not caplog.records

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from batchjac import memory
-from batchjac.aside import aside
 from batchjac.coupling import Values
 from batchjac.errors import StateError, UnsupportedError
 from batchjac.memory import Chunk
@@ -343,4 +342,4 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[2:]
-        return (None, None, *aside(lambda: ctx.task.pulled(cotangents, wanted)))
+        return (None, None, *ctx.task.pulled(cotangents, wanted))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from batchjac import coupling, history, memory, verify
 from batchjac.answer import Part, nest
+from batchjac.aside import aside
 from batchjac.capture import Capture, capture, without_graph
 from batchjac.engines.compiled import Compiler
 from batchjac.engines.mixed import NoRoute
@@ -20,7 +21,6 @@ from batchjac.errors import (
     BatchjacError,
     BudgetError,
     CouplingError,
-    InputTypeError,
     OutError,
     UnsupportedError,
     is_out_of_memory,
@@ -33,12 +33,11 @@ from batchjac.plan import Plan
 from batchjac.problem import Problem, without_routes
 from batchjac.sink import Collected, Preallocated, Sink, size, writable
 from batchjac.solution import Solution, kept
+from batchjac.stand_in import count_nan
 from batchjac.state import redrawing, untouched
 from batchjac.tree import Tree
 
 log = logging.getLogger("batchjac")
-
-_LOOK = 1 << 20  # entries of an input looked at together: what that copies is outside the budget
 
 
 def solve(
@@ -49,11 +48,17 @@ def solve(
     valued: bool = False,
 ) -> Solution:
     """The Jacobian of a posed problem, its value if ``valued``; ``fixed`` chunks are for tests."""
+    return aside(lambda: _solve(problem, max_memory, out, fixed, valued))
+
+
+def _solve(
+    problem: Problem, max_memory: int | str | None, out: Any, fixed: Chunk | None, valued: bool
+) -> Solution:
     if out is not None and problem.create_graph:
         raise OutError("out= and create_graph=True exclude each other: a history needs new tensors")
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
-    _count_nan(problem)
+    count_nan(problem)
     with untouched(problem.module) as restore, taken_apart(restore):
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)
@@ -67,26 +72,6 @@ def solve(
         # one sample at a time there is nothing to couple: vmap did it (torch.roll of a scalar)
         plain = replace(problem, vmapped=False)
         return _Run(plain, *given).answer()
-
-
-def _count_nan(problem: Problem) -> None:
-    for path, leaf in zip(problem.tree.paths, problem.tree.leaves, strict=True):
-        if isinstance(leaf, Tensor) and leaf.is_meta:  # enough for a plan
-            raise InputTypeError(f"inputs{path} is on the meta device and holds no numbers")
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            continue
-        if not leaf.detach().sum().isnan():  # one pass, and nothing made; inf - inf is looked at
-            continue
-        some = max(1, _LOOK // max(1, leaf[:1].numel()))
-        bad = sum(
-            int(part.reshape(len(part), -1).isnan().any(1).sum())
-            for part in leaf.detach().split(some)
-        )
-        if bad:
-            log.warning(
-                "inputs%s: %d of %d samples hold NaN, which passes through to their Jacobians",
-                path, bad, problem.samples,
-            )  # fmt: skip
 
 
 @dataclass

@@ -5,6 +5,7 @@ that may be the sample's own NaN, or a NaN that another sample put into the stat
 finite numbers in the place of those samples the same function shows which of the two it is.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac.errors import is_out_of_memory
+from batchjac.errors import InputTypeError, is_out_of_memory
 from batchjac.problem import Problem, differentiable
 from batchjac.state import normal
 from batchjac.tree import Tree
+
+log = logging.getLogger("batchjac")
+
+_LOOK = 1 << 20  # entries of an input looked at together: what that copies is outside the budget
 
 
 @dataclass(frozen=True)
@@ -122,3 +127,24 @@ def _filled(data: Tensor, bad: Tensor, generator: torch.Generator) -> Tensor:
     filled = data.clone()
     filled[bad.to(data.device)] = numbers
     return filled
+
+
+def count_nan(problem: Problem) -> None:
+    """Say in the log how many samples hold NaN."""
+    for path, leaf in zip(problem.tree.paths, problem.tree.leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.is_meta:  # enough for a plan
+            raise InputTypeError(f"inputs{path} is on the meta device and holds no numbers")
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        if not leaf.detach().sum().isnan():  # one pass, and nothing made; inf - inf is looked at
+            continue
+        some = max(1, _LOOK // max(1, leaf[:1].numel()))
+        bad = sum(
+            int(part.reshape(len(part), -1).isnan().any(1).sum())
+            for part in leaf.detach().split(some)
+        )
+        if bad:
+            log.warning(
+                "inputs%s: %d of %d samples hold NaN, which passes through to their Jacobians",
+                path, bad, problem.samples,
+            )  # fmt: skip
