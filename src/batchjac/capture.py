@@ -49,6 +49,7 @@ class Capture:
     hooked: bool
     nodes: int
     keep: tuple[Any, ...] = field(repr=False)  # graph edges do not keep leaf nodes alive
+    froze: bool = False  # parameters that were not asked for recorded nothing
 
 
 @dataclass
@@ -95,6 +96,19 @@ def capture(problem: Problem, samples: slice) -> Iterator[Capture]:
             ) from error
 
 
+@contextlib.contextmanager
+def again(problem: Problem, captured: Capture) -> Iterator[None]:
+    """Hooks and flags as they were in a capture that has ended, for what its graph runs again."""
+    seen = _Seen(layers={w.name: [] for w in problem.wanted if w.kind == "layer"})
+    with (
+        torch.inference_mode(False),
+        plainly(),
+        _recording(problem, captured.froze),
+        _hooks(problem, seen),
+    ):
+        yield
+
+
 def _capture(
     problem: Problem, samples: slice, stack: contextlib.ExitStack, freeze: bool
 ) -> Capture:
@@ -136,7 +150,7 @@ def _capture(
     hooked = seen.hooked or _module_hooks(problem.module) or _hooked(parameters.values())
     keep = (bases, leaves, result)
     nodes = _nodes_so_far() - begun
-    return Capture(count, values, outputs, targets, witnesses, hooked, nodes, keep)
+    return Capture(count, values, outputs, targets, witnesses, hooked, nodes, keep, freeze)
 
 
 def without_graph(captured: Capture) -> Capture:

@@ -12,7 +12,7 @@ from batchjac.capture import Capture, capture
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import CouplingError
 from batchjac.graph import Graph
-from batchjac.independence import Proof
+from batchjac.independence import Proof, prove
 from batchjac.job import Job, jobs
 from batchjac.locate import coupled
 from batchjac.problem import Problem
@@ -39,6 +39,20 @@ def probe(job: Job, captured: Capture, graph: Graph, proof: Proof, by_engine: bo
             "numbers in the place of their inputs. Look for NaN in parameters and buffers, or say "
             'what you want: coupling="sum" or "full"'
         )
+
+
+def check(job: Job, captured: Capture, by_engine: bool) -> str:
+    """Refuse coupled samples, by proof or by probe; says which it was."""
+    if job.root is None:
+        return "not asked"
+    targets = job.witnesses
+    own = all(g.target.per_sample for g in job.goals)
+    graph = job.graph if own else job.towards(targets)
+    proof = job.proof if own else prove(graph, job.y)
+    if proof.holds(targets) and not by_engine:
+        return "proved from the graph"
+    probe(job, captured, graph, proof, by_engine)
+    return "probed"
 
 
 # Samples on either side of a border between chunks whose values are compared across it, at most.

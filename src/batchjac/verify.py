@@ -100,18 +100,18 @@ def _looked_at(captured: Capture) -> list[Tensor]:
     return found
 
 
-def trusted(job: Job) -> bool:
-    """Whether this function's graph has been compared before."""
+def trusted(job: Job, way: str = "") -> bool:
+    """Whether this function's graph has been compared before, gone through in this way."""
     try:
-        return signature(job) in _trusted.get(_owner(job.problem), set())
+        return hash((signature(job), way)) in _trusted.get(_owner(job.problem), set())
     except TypeError:  # the function cannot be referred to weakly
         return False
 
 
-def trust(job: Job) -> None:
+def trust(job: Job, way: str = "") -> None:
     """Remember that this function's graph was compared, or found to need the engine."""
     with contextlib.suppress(TypeError):
-        _trusted.setdefault(_owner(job.problem), set()).add(signature(job))
+        _trusted.setdefault(_owner(job.problem), set()).add(hash((signature(job), way)))
 
 
 @unrounded()
@@ -133,14 +133,14 @@ def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
         for g, e in zip(goals, expected, strict=True)
         if e is not None
     ]
-    tolerance = _tolerance(job)
+    most = tolerance(job)
     if any(_differ_in_kind(ours, theirs) for ours, theirs in pairs):
-        return _first_row_agrees(job, goals, sinks, tolerance)
-    if all(_off(ours, theirs) <= tolerance * _size(theirs) for ours, theirs in pairs):
+        return _first_row_agrees(job, goals, sinks, most)
+    if all(_off(ours, theirs) <= most * _size(theirs) for ours, theirs in pairs):
         return True
     # Gradients that cancel (a sum over a normalised axis) are rounding of what was cancelled.
-    noise = 0.01 * tolerance * _largest(job, cotangent)
-    return all(_off(ours, theirs) <= tolerance * _size(theirs) + noise for ours, theirs in pairs)
+    noise = 0.01 * most * _largest(job, cotangent)
+    return all(_off(ours, theirs) <= most * _size(theirs) + noise for ours, theirs in pairs)
 
 
 def _differ_in_kind(ours: Tensor, theirs: Tensor) -> bool:
@@ -190,16 +190,22 @@ def _contracted(job: Job, goal: Goal, sink: Sink, weights: Tensor) -> Tensor:
     return torch.einsum("nv,nv...->...", w, j)
 
 
-def _tolerance(job: Job) -> float:
+def tolerance(job: Job) -> float:
+    """The error, as a share of the largest entry, that rounding in this graph explains."""
     dtypes = {m.dtype for step in job.graph.steps for m in step.outputs}
     return max(_ROOT_EPS.get(d, 1e-3) for d in dtypes)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two values of one function differ by rounding alone."""
+    return near(ours, theirs, _ROOT_EPS.get(ours.dtype, 1e-3))
+
+
+def near(ours: Tensor, theirs: Tensor, most: float) -> bool:
+    """Whether two tensors differ by at most this share of the largest entry."""
     if _differ_in_kind(ours, theirs):
         return False
-    return _off(ours, theirs) <= _ROOT_EPS.get(ours.dtype, 1e-3) * _size(theirs)
+    return _off(ours, theirs) <= most * _size(theirs)
 
 
 def _off(ours: Tensor, theirs: Tensor) -> float:

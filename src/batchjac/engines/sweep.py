@@ -5,7 +5,7 @@ Assumes (H1) that samples are independent, or that their sum is wanted, and (H2)
 changes a gradient; ``independence`` and ``verify`` hold the caller to both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from batchjac.block import Block, Scaled
 from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
+from batchjac.factors import Factored
 from batchjac.graph import Edge, Graph, Slot, Step
 from batchjac.rules import registry
 from batchjac.rules.registry import Gathered
@@ -22,6 +23,7 @@ from batchjac.samples import SHARED, Place, SampleAxis
 Blocks = Sequence[Block | None]
 Places = Mapping[Slot, Place]
 Pending = dict[Slot, Block | Gathered]
+Consume = Callable[[Slot, Block | Factored], None]
 
 
 class NotPerSample(Exception):
@@ -72,10 +74,12 @@ def walk(
     kernels: Kernels,
     places: Places | None = None,
     create_graph: bool = False,
+    consume: Consume | None = None,
 ) -> dict[Slot, Block]:
     """Push the seeds down to every target that they reach.
 
-    With ``places`` a gradient that would be summed over samples on its way to a parameter is kept
+    With ``consume`` what reaches a target goes there instead, as soon as all of it is there, and is
+    dropped; toward parameters as products not yet formed, where a rule has them. With ``places`` a gradient that would be summed over samples on its way to a parameter is kept
     per sample, as rows ``[V*N, *p]``; every such node must have a ``per_sample`` rule.
     """
     pending: Pending = dict(seeds)
@@ -85,8 +89,10 @@ def walk(
     with torch.set_grad_enabled(create_graph):
         for step in graph.steps:
             node = step.node
+            if consume is not None and _handed(pending, step, graph, consume):
+                continue
             blocks = [_whole(pending.pop((node, k), None)) for k in range(len(step.outputs))]
-            if node in ends:
+            if node in ends and consume is None:
                 for k, block in enumerate(blocks):
                     if block is not None and (node, k) in graph.targets:
                         found[node, k] = blocks[k] = block.owned_if(False)
@@ -97,14 +103,43 @@ def walk(
                 _gather(pending, step, rule.gather(step, blocks))
                 kernels.took(step.name, "rule")
                 continue
-            gradients = _through(step, rule, blocks, kernels, places)
+            gradients = _through(step, rule, blocks, kernels, places, consume is not None)
             del blocks
             for k, edge in enumerate(step.edges):
                 if edge is not None:
                     gradient = gradients[k]
-                    if gradient is not None:
+                    if isinstance(gradient, Block):
                         _arrive(pending, edge, gradient)
+                    elif gradient is not None:
+                        _join(pending, (edge.node, edge.slot), gradient)
     return found
+
+
+def _handed(pending: Pending, step: Step, graph: Graph, consume: Consume) -> bool:
+    """Hand over what reached targets here; and what is factored, on, if the rule can."""
+    for k in range(len(step.outputs)):
+        slot = (step.node, k)
+        if slot in graph.targets and slot in pending:
+            arrived = pending[slot]
+            if not isinstance(arrived, Block | Factored):
+                arrived = arrived.block()
+            pending[slot] = arrived
+            consume(slot, arrived)
+    if not any(step.edges):
+        for k in range(len(step.outputs)):
+            pending.pop((step.node, k), None)
+        return True
+    factored = pending.get((step.node, 0))
+    rule = registry.find(step)
+    if not isinstance(factored, Factored) or rule is None or rule.carry is None:
+        return False
+    carried = rule.carry(step, factored)
+    (edge,) = step.edges
+    if carried is None or edge is None:
+        return False
+    del pending[step.node, 0]
+    _join(pending, (edge.node, edge.slot), carried)
+    return True
 
 
 def _none(block: Block | None) -> bool:
@@ -120,12 +155,17 @@ def _gather(pending: Pending, step: Step, part: Gathered) -> None:
     """Parts of a tensor wait for each other."""
     (edge,) = step.edges
     assert edge is not None
-    slot = (edge.node, edge.slot)
+    _join(pending, (edge.node, edge.slot), part)
+
+
+def _join(pending: Pending, slot: Slot, part: Gathered) -> None:
     before = pending.get(slot)
     if before is None or isinstance(before, Block):
         pending[slot] = part
         if before is not None:
             part.take(before)
+    elif isinstance(part, Factored) and not isinstance(before, Factored):
+        before.take(part.block())
     else:
         before.take(part)
 
@@ -172,14 +212,15 @@ def _through(
     blocks: Blocks,
     kernels: Kernels,
     places: Places | None,
-) -> Blocks:
+    factored: bool = False,
+) -> Sequence[Block | Gathered | None]:
     """The node's rows from its outputs to its edges, by the fastest way that covers it."""
     if rule is not None and places is not None:
         crossing = _crossing(step, places)
         if crossing is not None:
             kernels.took(step.name, "rule")
             # read twice, and handed on as views: nobody may write into these
-            return _per_sample(step, _lent(blocks), rule, crossing, places)
+            return _per_sample(step, _lent(blocks), rule, crossing, places, factored)
     if rule is not None:
         gradients: Blocks = rule.reverse(step, blocks)
         if gradients is not NotImplemented:
@@ -210,8 +251,13 @@ def _crossing(step: Step, places: Places) -> SampleAxis | None:
 
 
 def _per_sample(
-    step: Step, blocks: Blocks, rule: registry.Rule, at: SampleAxis, places: Places
-) -> Blocks:
+    step: Step,
+    blocks: Blocks,
+    rule: registry.Rule,
+    at: SampleAxis,
+    places: Places,
+    factored: bool,
+) -> Sequence[Block | Gathered | None]:
     """Edges that all samples share get one gradient per sample, the others the usual one."""
     assert rule.per_sample is not None  # ``per_sample_ready`` has looked
     shared = [e is not None and places.get((e.node, e.slot)) is SHARED for e in step.edges]
@@ -220,7 +266,11 @@ def _per_sample(
     batched: Blocks = [None] * len(step.edges)
     if any(inner.edges):
         batched = rule.reverse(inner, blocks)
-    single = rule.per_sample(outer, blocks, at)
+    single: Sequence[Block | Gathered | None]
+    if factored and rule.factors is not None:
+        single = rule.factors(outer, blocks, at)
+    else:
+        single = rule.per_sample(outer, blocks, at)
     if batched is NotImplemented or single is NotImplemented:
         raise NotPerSample(step.name)
     return [s if is_shared else b for is_shared, s, b in zip(shared, single, batched, strict=True)]

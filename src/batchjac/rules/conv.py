@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from batchjac import kernels
 from batchjac.block import Block
+from batchjac.factors import Factored, Pair
 from batchjac.graph import Edge, Step
 from batchjac.kernels import Convolution
 from batchjac.rules.apart import each_sample, split
@@ -50,8 +51,32 @@ def _alone(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | None]
     ]
 
 
+def _factors(step: Step, blocks: Blocks, at: SampleAxis) -> Sequence[Block | Factored | None]:
+    """The same, toward w not yet multiplied: ``g[v,n,o,p]`` and the windows ``x[n,c,p+k]``."""
+    (g,) = blocks
+    assert g is not None
+    _, weight, bias = step.edges
+    if weight is None or step.saved("transposed") or at.dim != 0:
+        return _alone(step, blocks, at)
+    x, groups = step.saved("input"), step.saved("groups")
+    wide = g.spread(*range(len(g.shape)))
+    out = split(wide, g.shape, at, 1).unflatten(4, (groups, -1))  # v a n b g o P
+    cotangent = out.permute(0, 2, 4, 5, 1, 3, *range(6, out.dim())).flatten(4)
+    moving = split(_windows(step, x, g.shape[2:]), g.shape, at, 0).unflatten(3, (groups, -1))
+    rank = x.dim() - 2  # a n b g c P K, to n g (c K) (a b P)
+    places, taps = range(5, 5 + rank), range(5 + rank, 5 + 2 * rank)
+    windows = moving.permute(1, 3, 4, *taps, 0, 2, *places)
+    pair = Pair(cotangent, windows, 2 + rank)
+    return [
+        None,
+        Factored((pair,), weight.shape),
+        None if bias is None else _toward_bias(g, at, bias),
+    ]
+
+
 @rule(
-    "ConvolutionBackward0", "ConvolutionBackward1", samples=_samples, per_sample=_alone, fresh=True
+    "ConvolutionBackward0", "ConvolutionBackward1", samples=_samples, per_sample=_alone, fresh=True,
+    factors=_factors,
 )  # fmt: skip
 def convolution(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """Toward x: ``g`` convolved back with ``w``, rows and images as one batch.

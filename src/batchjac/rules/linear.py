@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchjac import kernels
 from batchjac.block import Block, Scaled
+from batchjac.factors import Factored, Pair
 from batchjac.graph import Step
 from batchjac.rules.apart import each_sample, split
 from batchjac.rules.diagonal import scaled
@@ -122,13 +123,49 @@ def _per_sample(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     return found
 
 
+def _apart(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
+    """The same, where the sample's letter is one of two in the output, not yet multiplied.
+
+    The output's other letter is then the channel; what the sample axis holds beside the samples,
+    tokens for instance, are the positions.
+    """
+    product = _product(step)
+    if len(product.out) != 2 or only(blocks).data.is_complex():
+        return _per_sample(step, blocks, at)
+    c, g = _added(step, product, only(blocks))
+    edges = step.edges
+    found: list[Any] = [None] * len(edges)
+    if c is not None and edges[0] is not None:
+        found[0] = each_sample(c, at, edges[0].shape)
+    letter = product.out[at.dim]
+    channel = 1 - at.dim
+    rows = split(g.spread(0, 1), g.shape, at, at.dim + 1)  # v, and r s t with the channel
+    cotangent = rows.movedim(4 if channel == 1 else 1, 1)  # v c r s t
+    cotangent = cotangent.permute(0, 3, 1, 2, 4).flatten(3).unsqueeze(2)  # v s 1 c (r t)
+    for f in _factors(step, product):
+        (letters,), (other,) = f.letters, f.others
+        if product.out[channel] not in f.mine or len(f.mine) != 2:
+            return _per_sample(step, blocks, at)
+        where = letters.index(letter)
+        apart = split(other, g.shape, at, where).movedim(where + 1, 0)  # s, and r t with k
+        kernel = apart.movedim(1 if where else 3, 1).unsqueeze(1)  # s 1 k r t
+        edge = edges[f.edge]
+        assert edge is not None
+        first = f.mine.index(product.out[channel]) == 1
+        found[f.edge] = Factored((Pair(cotangent, kernel, 2),), edge.shape, kernel_first=first)
+    return found
+
+
 def _block(step: Step, factor: Factor, data: Tensor) -> Block:
     edge = step.edges[factor.edge]
     assert edge is not None
     return Block(data, edge.shape)
 
 
-@rule(*PRODUCTS, "TrilinearBackward0", samples=_samples, per_sample=_per_sample, fresh=True)
+@rule(
+    *PRODUCTS, "TrilinearBackward0", samples=_samples, per_sample=_per_sample, fresh=True,
+    factors=_apart,
+)  # fmt: skip
 def products(step: Step, blocks: Blocks) -> Any:
     """``y = sum a[left] b[right]``: ``g[v out] conj(b[right])`` and ``g[v out] conj(a[left])``."""
     product = _product(step)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch.autograd.function import BackwardCFunction
 
 from batchjac.block import Block
+from batchjac.factors import Factored
 from batchjac.graph import Edge, Step
 from batchjac.samples import Place, SampleAxis, broadcast
 
@@ -30,6 +31,8 @@ class Gathered(Protocol):
 
 
 Gather = Callable[[Step, Blocks], Gathered]
+Factors = Callable[[Step, Blocks, SampleAxis], Sequence[Block | Gathered | None]]
+Carry = Callable[[Step, Factored], Factored | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Rule:
     ``per_sample(step, blocks, at)`` returns for each ``SHARED`` edge the block of rows
     ``[V*N, *shape]``: one gradient per row *and sample* of what all samples share.
 
+    ``factors(step, blocks, at)`` returns the same as products not yet formed, or some of it; a
+    walk whose rows are only multiplied with each other calls it instead of ``per_sample``.
+
+    ``carry(step, factored)`` takes such products through a node that rearranges the parameter;
+    ``None`` for a case it does not cover.
+
     ``gather(step, blocks)`` holds what ``reverse`` would return for the only edge until the parts
     of its neighbours are there: a tensor that was taken apart is then written once. A walk calls it
     instead of ``reverse``; it covers every case.
@@ -62,6 +71,8 @@ class Rule:
     per_sample: PerSample | None = None
     gather: Gather | None = None
     fresh: bool = False
+    factors: Factors | None = None
+    carry: Carry | None = None
 
 
 _RULES: dict[str, Rule] = {}
@@ -73,6 +84,8 @@ def rule(
     per_sample: PerSample | None = None,
     gather: Gather | None = None,
     fresh: bool = False,
+    factors: Factors | None = None,
+    carry: Carry | None = None,
 ) -> Callable[[Reverse], Reverse]:
     """Register a function as the reverse rule of these nodes."""
 
@@ -80,7 +93,9 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(name, reverse, samples, per_sample, gather, fresh)
+            _RULES[name] = Rule(
+                name, reverse, samples, per_sample, gather, fresh, factors, carry
+            )
         return reverse
 
     return register

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchjac.block import Block
+from batchjac.factors import Factored
 from batchjac.graph import Edge, Step, metas
 from batchjac.rules.apart import each_sample
 from batchjac.rules.registry import Blocks, elementwise, only, rule, single
@@ -113,7 +114,15 @@ def _same_but_ones(a: Sequence[int], b: Sequence[int]) -> bool:
     return [n for n in a if n != 1] == [n for n in b if n != 1]
 
 
-@rule(*PERMUTED, samples=_permuted)
+def _transposed(step: Step, factored: Factored) -> Factored | None:
+    """A matrix seen as its transpose, as ``nn.Linear`` does with its weight."""
+    (edge,) = step.edges
+    if edge is None or list(permutation(step)) != [1, 0]:
+        return None
+    return factored.transposed(edge.shape)
+
+
+@rule(*PERMUTED, samples=_permuted, carry=_transposed)
 def permute(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``y[order] = x``: the block's axes put back, without a copy."""
     g, edge = only(step, blocks)

@@ -1,0 +1,371 @@
+"""Inner products of all rows of a parameter Jacobian, which is never there: layer after layer.
+
+The walk hands over what reaches a parameter as soon as it is complete, in the order in which
+autograd's engine would take it, so that one layer's factors are alive at a time. What a layer adds
+to every inner product is added, and the layer dropped.
+"""
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from batchjac import factors, memory, verify
+from batchjac.block import Block
+from batchjac.engines.rows import in_engine_order, pull
+from batchjac.engines.sweep import NotPerSample, per_sample_ready, walk
+from batchjac.errors import BudgetError
+from batchjac.factors import Factored
+from batchjac.graph import Graph, Slot, prune
+from batchjac.recording import Recording
+from batchjac.samples import SHARED, Place
+
+# Entries of an intermediate tensor of a layer, at most: 64 MiB in float32. Smaller where the budget
+# is: that many parts of it.
+_MOST, _PART = 1 << 24, 12
+
+
+@dataclass
+class Products(ABC):
+    """Adds up inner products of rows, a parameter at a time. ``V`` rows of each of ``N`` samples."""
+
+    rows: int
+    samples: int
+    most: int
+    total: Tensor
+
+    @abstractmethod
+    def factored(self, f: Factored) -> None:
+        """What a parameter adds whose rows are products."""
+
+    @abstractmethod
+    def formed(self, rows: Tensor) -> None:
+        """The same for rows ``[N, V, entries]``."""
+
+    @abstractmethod
+    def apart(self, rows: Tensor) -> None:
+        """The same for rows toward what every sample has its own of."""
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """The sum."""
+
+
+class Norms(Products):
+    """``|J[n,v]|²``, ``[N, V]``."""
+
+    def factored(self, f: Factored) -> None:
+        self.total += factors.norms(f, self.most)
+
+    def formed(self, rows: Tensor) -> None:
+        self.total += rows.square().sum(2)
+
+    apart = formed
+
+    def result(self) -> Tensor:
+        return self.total
+
+
+class Within(Products):
+    """``<J[n,v], J[n,w]>``, ``[N, V, V]``."""
+
+    def factored(self, f: Factored) -> None:
+        self.total += factors.grams(f, self.most)
+
+    def formed(self, rows: Tensor) -> None:
+        self.total += rows @ rows.mT
+
+    apart = formed
+
+    def result(self) -> Tensor:
+        return self.total
+
+
+class Across(Products):
+    """``<J[n,v], J[m,w]>``, ``[N, V, N, V]``; the upper half is added to."""
+
+    def factored(self, f: Factored) -> None:
+        factors.meets(f, self.total, self.most)
+
+    def formed(self, rows: Tensor) -> None:
+        factors.add_products(self.total, rows.flatten(0, 1))
+
+    def apart(self, rows: Tensor) -> None:
+        own = rows @ rows.mT
+        for n, block in enumerate(own):
+            at = slice(n * self.rows, (n + 1) * self.rows)
+            self.total[at, at] += block
+
+    def result(self) -> Tensor:
+        upper = self.total.triu()
+        found: Tensor = (upper + upper.triu(1).T).unflatten(1, (-1, self.rows))
+        whole: Tensor = found.unflatten(0, (-1, self.rows))
+        return whole
+
+
+@dataclass
+class Factors:
+    """All outputs of a recording at once, toward parameters whose rows stay factors."""
+
+    recording: Recording
+    places: Mapping[Slot, Place] = field(init=False)
+    graph: Graph = field(init=False)
+
+    def __post_init__(self) -> None:
+        work = [job for job in self.recording.work if job.root is not None]
+        places: dict[Slot, Place] = {}
+        names = {}
+        for job in work:
+            names.update({step.node: step.name for step in job.graph.steps})
+            for slot, place in job.proof.places.items():
+                places[slot] = place if places.get(slot, place) == place else None
+        roots = [job.root[0] for job in work if job.root is not None]
+        slots = [goal.slot for goal in self.recording.work[0].goals]
+        whole = prune(roots, slots)
+        steps = tuple(replace(step, name=names[step.node]) for step in whole.steps)
+        self.places, self.graph = places, in_engine_order(replace(whole, steps=steps))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every sample's rows can be told apart at every parameter."""
+        if self.recording.by_engine:
+            return False
+        goals = self.recording.work[0].goals
+        known = all(
+            self.places.get(g.slot, SHARED) is SHARED for g in goals if not g.target.per_sample
+        )
+        return known and per_sample_ready(self.graph, self.places)
+
+    @property
+    def need(self) -> memory.Need:
+        """Bytes for each sample; rows of parameters are not there."""
+        steps = tuple(
+            replace(
+                step,
+                edges=tuple(
+                    None if e is None or self.places.get((e.node, e.slot)) is SHARED else e
+                    for e in step.edges
+                ),
+            )
+            for step in self.graph.steps
+            if self.places.get((step.node, 0)) is not SHARED
+        )
+        return memory.need([Graph(steps, frozenset())], self.recording.captured.samples)
+
+    def add(self, seeds: Sequence[Block], products: Products) -> bool:
+        """Add what rows ``[V, N, *out]`` of each output give; False where that cannot be trusted.
+
+        What had been added then is worthless.
+        """
+        recording, own = self.recording, {g.slot: g.target for g in self.recording.work[0].goals}
+        starts = {
+            job.root: block
+            for job, block in zip(recording.work, seeds, strict=True)
+            if job.root is not None
+        }
+        compare = not all(verify.trusted(job, "factored") for job in recording.work)
+        compare = compare and recording.problem.coupling != "frozen"
+        weights = _weights(products) if compare else None
+        sums: dict[Slot, Tensor] = {}
+
+        def consume(slot: Slot, arrived: Block | Factored) -> None:
+            if isinstance(arrived, Factored) and arrived.rest is not None:
+                arrived = arrived.block()
+            apart = own[slot].per_sample
+            if weights is not None:
+                sums[slot] = _weighted(arrived, weights, apart)
+            if isinstance(arrived, Factored):
+                products.factored(arrived)
+                return
+            data = arrived.full()  # [V, N, ...]; where samples share what is wanted, [V N, ...]
+            size = (products.rows, products.samples)
+            rows = data.reshape(*size, data.numel() // math.prod(size)).transpose(0, 1)
+            if apart:
+                products.apart(rows)
+            else:
+                products.formed(rows)
+
+        try:
+            walk(self.graph, starts, recording.work[0].kernels, self.places, consume=consume)
+        except NotPerSample:
+            return False
+        return weights is None or self._agree(seeds, weights, sums)
+
+    def _agree(
+        self, seeds: Sequence[Block], weights: Tensor, sums: Mapping[Slot, Tensor]
+    ) -> bool:
+        """Whether the weighted sum of all rows is one backward of autograd's engine."""
+        recording = self.recording
+        edges = [goal.edge for goal in recording.work[0].goals]
+        expected: list[Tensor | None] = [None] * len(edges)
+        for job, block in zip(recording.work, seeds, strict=True):
+            if job.root is None:
+                continue
+            w = weights.to(job.y.device, job.y.dtype)
+            cotangent = torch.einsum("vn,vn...->n...", w, block.full())
+            for k, g in enumerate(pull(job.y, edges, cotangent)):
+                before = expected[k]
+                expected[k] = g if before is None else before if g is None else before + g
+        most = max(verify.tolerance(job) for job in recording.work)
+        for goal, theirs in zip(recording.work[0].goals, expected, strict=True):
+            ours = sums.get(goal.slot)
+            if ours is None or theirs is None:
+                if theirs is not None and theirs.any():
+                    return False
+            elif not verify.near(ours.reshape(theirs.shape), theirs, most):
+                return False
+        for job in recording.work:
+            verify.trust(job, "factored")
+        return True
+
+
+def _weights(products: Products) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(products.rows, products.samples, generator=generator, dtype=torch.float64)
+
+
+def _weighted(arrived: Block | Factored, weights: Tensor, apart: bool) -> Tensor:
+    if isinstance(arrived, Factored):
+        return factors.contracted(arrived, weights)
+    data = arrived.full()
+    w = weights.to(data.device, data.dtype)
+    if apart:
+        return torch.einsum("vn,vn...->n...", w, data)
+    return torch.einsum("r,r...->...", w.flatten(), data)
+
+
+def products(kind: type[Products], rows: int, recording: Recording, room: int) -> Products:
+    """An empty sum of this kind."""
+    n = recording.captured.samples
+    y = recording.work[0].y
+    shape = {Norms: (n, rows), Within: (n, rows, rows), Across: (n * rows, n * rows)}[kind]
+    half = y.dtype in (torch.float16, torch.bfloat16)
+    total = torch.zeros(shape, dtype=torch.float32 if half else y.dtype, device=y.device)
+    most = max(1 << 14, min(_MOST, room // (_PART * y.element_size())))
+    return kind(rows, n, most, total)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where recordings come from, and rows; ``room`` bytes beside what is kept already."""
+
+    samples: int
+    width: int  # O, the rows of one sample
+    room: int
+    kept: Recording | None
+    whole: bool  # samples must come together
+    record: Callable[[Sequence[int]], Recording]  # of these samples
+    rows: Callable[[Recording, Sequence[int], Sequence[int]], list[Block]]  # which, of whom
+
+
+def total(kind: type[Products], source: Source) -> Tensor | None:
+    """Inner products of this kind of all rows; None where rows cannot stay factors.
+
+    A few samples and rows at a time where there is no room for all; inner products between rows
+    then need every pair of parts once.
+    """
+    n, v = source.samples, source.width
+    result = {Norms: n * v, Within: n * v * v, Across: 3 * (n * v) ** 2}[kind] * 8
+    room = source.room - result
+    with _recorded(source, range(min(n, 2) if source.kept is None else n)) as first:
+        held = Factors(first)
+        if not held.ready:
+            return None
+        samples, rows = _plan(source, held.need, room, 2 if kind is Across and n > 1 else 1)
+    shape = {Norms: (n, v), Within: (n, v, v), Across: (n, v, n, v)}[kind]
+    found: Tensor | None = None
+    for some in _parts(n, samples, kind is Across):
+        with _recorded(source, some) as recording:
+            held = Factors(recording)
+            for entries in _parts(v, rows, kind is not Norms):
+                y = recording.work[0].y
+                part = _one(kind, source, held, some, entries, room)
+                if part is None:
+                    return None
+                if found is None:
+                    found = torch.empty(shape, dtype=y.dtype, device=y.device)
+                _place(kind, found, part.to(found.dtype), some, entries)
+    return found
+
+
+def _one(
+    kind: type[Products],
+    source: Source,
+    held: Factors,
+    some: Sequence[int],
+    entries: Sequence[int],
+    room: int,
+) -> Tensor | None:
+    recording = held.recording
+    sums = products(kind, len(entries), recording, room)
+    with recording.running():
+        trusted = held.add(source.rows(recording, entries, some), sums)
+    return sums.result() if trusted else None
+
+
+def _place(
+    kind: type[Products], found: Tensor, part: Tensor, some: Sequence[int], entries: Sequence[int]
+) -> None:
+    device = found.device
+    n, v = torch.tensor(some, device=device), torch.tensor(entries, device=device)
+    if kind is Norms:
+        found[n[:, None], v] = part
+    elif kind is Within:
+        found[n[:, None, None], v[:, None], v] = part
+    else:
+        found[n[:, None, None, None], v[:, None, None], n[:, None], v] = part
+
+
+def _plan(source: Source, need: memory.Need, room: int, least: int) -> tuple[int, int]:
+    """How many samples and rows go at a time, ``least`` samples: all rows before all samples."""
+    n, v = source.samples, source.width
+    usable = memory.spare(room, 0) * 3 // 4  # the rest for a layer's intermediate tensors
+    kept = (usable - n * need.saved) // (n * need.live)
+    if source.kept is not None and kept >= v:
+        return n, v
+    if source.whole:
+        count, rows = n, kept
+    else:
+        usable -= 0 if source.kept is None else n * need.saved
+        count = min(n, usable // (need.saved + v * need.live))
+        if count >= least:
+            return count, v
+        count, rows = least, (usable // least - need.saved) // need.live
+    if rows < min(v, 2):
+        wanted = (count * (need.saved + 2 * need.live) + room - usable) * 4 // 3
+        raise BudgetError(
+            f"max_memory leaves {room >> 10} KiB beside the result, but two rows of {count} "
+            f"samples take about {wanted >> 10} KiB; raise it by the difference"
+        )
+    return count, min(v, rows)
+
+
+def _parts(count: int, at_once: int, pairs: bool) -> Iterator[list[int]]:
+    """All of it, or parts; with ``pairs`` such that any two entries are in one of them."""
+    if at_once >= count:
+        yield list(range(count))
+        return
+    step = max(1, at_once // 2) if pairs else at_once
+    parts = [list(range(k, min(count, k + step))) for k in range(0, count, step)]
+    if not pairs:
+        yield from parts
+        return
+    for k, one in enumerate(parts):
+        for other in parts[k + 1 :]:
+            yield one + other
+
+
+@contextlib.contextmanager
+def _recorded(source: Source, samples: Sequence[int]) -> Iterator[Recording]:
+    if source.kept is not None and (source.whole or len(samples) == source.samples):
+        yield source.kept
+        return
+    recording = source.record(samples)
+    try:
+        yield recording
+    finally:
+        recording.close()

@@ -1,0 +1,434 @@
+"""Linear maps known by their products: one block ``[*out] x [*in]`` for each of N samples.
+
+A map says how columns go through it and how rows go through its transpose; all else follows.
+Where all samples share what goes in (parameters), a map takes one value for all of them, and its
+transpose sums over the samples. Flat indices count through all tensors in order, as ``flatten``
+would: O outputs and I inputs for one sample.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac import exports, measures
+from batchjac.block import Block
+from batchjac.errors import InputError, InputTypeError, SelectionError, UnsupportedError
+from batchjac.measures import Leading
+from batchjac.space import Space
+
+Blocks = Sequence[Block]
+
+
+class LinearMap(ABC):
+    """What has products with tensors, and so blocks, a transpose and compositions.
+
+    Laws: ``<u, A @ v> = <A.T @ u, v>``; ``(A.T).T is A``; ``A[:, c]`` equals ``A @ e_c`` and column
+    c of ``A.matrix()``; ``(B @ A) @ v = B @ (A @ v)``.
+    """
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Space:
+        """What goes in."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Space:
+        """What comes out."""
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """How many blocks there are, N."""
+
+    @abstractmethod
+    def push(self, columns: Blocks) -> list[Block]:
+        """``A v`` for columns ``[K, N, *in]``, one block for each tensor."""
+
+    @abstractmethod
+    def pull(self, rows: Blocks) -> list[Block]:
+        """``Aᵀ u`` for rows ``[K, N, *out]``."""
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int:
+        """How many columns or rows go together."""
+
+    @property
+    def T(self) -> "LinearMap":
+        """The transpose: it takes what this map gives, and gives what it takes."""
+        return Transposed(self)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[N, O, I]``."""
+        return torch.Size((self.samples, self.outputs.width, self.inputs.width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what comes out."""
+        return self.outputs.leaves[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of what comes out."""
+        return self.outputs.leaves[0].device
+
+    def __matmul__(self, other: Any) -> Any:
+        """``A @ v``, or with another map the map that applies it first."""
+        if isinstance(other, LinearMap):
+            return Composed(self, other)
+        blocks, many = self.inputs.parts(other, "v")
+        return self.outputs.nest(self.in_turns(self.push, blocks, self.outputs), many)
+
+    def in_turns(
+        self, go: Callable[[Blocks], list[Block]], blocks: Blocks, into: Space
+    ) -> list[Block]:
+        """``go`` on as many columns at a time as there is room for."""
+        count, step = blocks[0].rows, self.at_once
+        if count == 0:
+            return [Block(torch.zeros(0, *a.shape, dtype=a.dtype, device=a.device), a.shape)
+                    for a in into.leaves]  # fmt: skip
+        if count <= step:
+            return list(go(blocks))
+        parts = [
+            go([b.with_data(b.data[start : start + step]) for b in blocks])
+            for start in range(0, count, step)
+        ]
+        return [
+            column[0].with_data(torch.cat([b.full() for b in column]))
+            for column in zip(*parts, strict=True)
+        ]
+
+    def rows(self, entries: Sequence[int]) -> Tensor:
+        """Rows of every sample's block, ``[N, len(entries), I]``."""
+        basis = self.outputs.basis(entries)
+        if not self.inputs.shared:
+            self.refuse_coupled()
+            return self.inputs.flat(self.in_turns(self.pull, basis, self.inputs)).transpose(0, 1)
+        apart = [_apart(b) for b in basis]  # what is summed over samples has one at a time
+        flat = self.inputs.flat(self.in_turns(self.pull, apart, self.inputs))
+        if flat.shape[1] == self.samples:  # beside what is shared, what is not
+            own = torch.arange(self.samples, device=flat.device).repeat(len(entries))
+            flat = flat[torch.arange(len(flat), device=flat.device), own].unsqueeze(1)
+        apart_rows: Tensor = flat[:, 0].unflatten(0, (len(entries), self.samples))
+        return apart_rows.transpose(0, 1)
+
+    def columns(self, entries: Sequence[int]) -> Tensor:
+        """Columns of every sample's block, ``[N, O, len(entries)]``."""
+        self.refuse_coupled()
+        if self.outputs.shared:
+            return self.T.rows(entries).transpose(1, 2)
+        basis = self.inputs.basis(entries)
+        flat = self.outputs.flat(self.in_turns(self.push, basis, self.outputs))
+        return flat.permute(1, 2, 0)
+
+    def refuse_coupled(self) -> None:  # noqa: B027  (most maps have nothing to refuse)
+        """Raise where samples have no blocks of their own."""
+
+    def pieces(self, over: str) -> Iterator[tuple[list[int], Tensor]]:
+        """All rows, or all columns, a few at a time: which, and ``[N, rows, I]`` or ``[N, O, c]``.
+
+        ``over``: "rows" or "columns".
+        """
+        count = self.shape[1] if over == "rows" else self.shape[2]
+        step = max(1, self.at_once // (self.samples if self.inputs.shared else 1))
+        for start in range(0, count, step):
+            entries = list(range(start, min(count, start + step)))
+            yield entries, (self.rows(entries) if over == "rows" else self.columns(entries))
+
+    @property
+    def shorter(self) -> str:
+        """What there is less of, "rows" or "columns"."""
+        return "columns" if self.shape[2] < self.shape[1] and not self.inputs.shared else "rows"
+
+    def matrix(self) -> Tensor:
+        """Every sample's block as a matrix, ``[N, O, I]``: this is what the map avoids."""
+        over = self.shorter
+        found = [piece for _, piece in self.pieces(over)]
+        if not found:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return torch.cat(found, dim=1 if over == "rows" else 2)
+
+    def dense(self) -> Any:
+        """Outputs nested over inputs, each ``[N, *out, *in]``, as ``jacobian`` gives it."""
+        matrix, found, row = self.matrix(), [], 0
+        for out in self.outputs.leaves:
+            line, column = [], 0
+            for into in self.inputs.leaves:
+                part = matrix[:, row : row + out.width, column : column + into.width]
+                line.append(part.reshape(self.samples, *out.inner, *into.inner).to(into.dtype))
+                column += into.width
+            found.append(_nested(self.inputs, line))
+            row += out.width
+        return _nested(self.outputs, found)
+
+    def norm(
+        self,
+        *,
+        squared: bool = False,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The Frobenius norm of every sample's block, ``[N]``, exact or by random projection.
+
+        Args:
+            squared: ``sum_oi J[n,o,i]²`` instead of its root.
+            samples: Estimate the square by the mean of ``|Jᵀ z|²`` over so many vectors of random
+                signs: unbiased, of variance ``2 sum_{o != p} (J Jᵀ)[o,p]² / samples``. Its root is
+                a little too small on average (Jensen).
+            generator: Where random signs come from; torch's own if there is none.
+
+        Cost: ``min(O, I)`` rows or columns, or ``samples`` rows, never all at once. Toward
+        parameters O rows, and the products of factors that ``factors.py`` derives.
+
+        Source: Hutchinson, Communications in Statistics 19(2), 1990; the variance is its
+        proposition 1 for ``J Jᵀ``.
+        """
+        total = self.norm_squared() if samples is None else self.norm_estimate(samples, generator)
+        return total if squared else total.sqrt()
+
+    def norm_squared(self) -> Tensor:
+        """``sum_oi J[n,o,i]²``, ``[N]``."""
+        return measures.norm_squared(self)
+
+    def norm_estimate(self, samples: int, generator: torch.Generator | None) -> Tensor:
+        """The mean of ``|Jᵀ z|²``, ``[N]``."""
+        return measures.norm_squared_estimate(self, samples, generator)
+
+    def gram(self, *, of: str = "outputs", across: bool = False) -> Tensor:
+        """Inner products of the rows of every sample's block, ``J Jᵀ``, or of its columns.
+
+        Args:
+            of: ``"outputs"``: ``J Jᵀ [N, O, O]``; ``"inputs"``: ``Jᵀ J [N, I, I]``.
+            across: Toward parameters, also between samples: ``[N, O, N, O]``, the empirical neural
+                tangent kernel.
+
+        Source: Jacot, Gabriel and Hongler, "Neural tangent kernel", 2018, for the kernel.
+        """
+        if of not in ("outputs", "inputs"):
+            raise InputError(f'of must be "outputs" or "inputs", got {of!r}')
+        if across:
+            raise InputError(
+                "across=True compares samples in what they share, and these inputs belong to one "
+                'sample each; use wrt="parameters"'
+            )
+        if of == "inputs":
+            if self.inputs.shared:
+                raise UnsupportedError(
+                    f"JᵀJ of {self.shape[2]} parameters for every sample; J @ v and J.T @ u give "
+                    "products with it"
+                )
+            return measures.gram(self.T)
+        return measures.gram(self)
+
+    def diag(self) -> Tensor:
+        """The diagonal of every sample's block, ``J[n,o,o]``, ``[N, O]``; one pass for each row."""
+        return measures.diagonal(self)
+
+    def trace(
+        self, *, samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The trace of every sample's block, ``[N]``: the divergence of f.
+
+        Args:
+            samples: Estimate it by the mean of ``zᵀ J z`` over so many vectors of random signs:
+                unbiased, of variance ``2 sum_{o != i} S[o,i]² / samples`` with
+                ``S = (J + Jᵀ) / 2``.
+            generator: Where random signs come from; torch's own if there is none.
+
+        Source: Hutchinson, Communications in Statistics 19(2), 1990, proposition 1.
+        """
+        if samples is None:
+            return measures.diagonal(self).sum(1)
+        return measures.trace_estimate(self, samples, generator)
+
+    def svd(self, k: int, *, generator: torch.Generator | None = None) -> Leading:
+        """The ``k`` largest singular values of every sample's block, with their vectors.
+
+        Exact where a block has at most ``k + 10`` rows or columns, by forming it. Otherwise by
+        four power iterations on ``k + 10`` random columns: relative error of value ``j`` about
+        ``(s[k + 10] / s[j])`` to the power 9.
+
+        Args:
+            k: How many, at most ``min(O, I)``.
+            generator: Where the random columns come from; torch's own if there is none.
+
+        Returns: ``U [N, O, k]``, ``S [N, k]``, ``Vh [N, k, I]``.
+
+        Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review
+        53(2), 2011, algorithms 4.4 and 5.1.
+        """
+        return measures.leading(self, k, generator)
+
+    def to_scipy(self) -> Any:
+        """As a ``scipy.sparse.linalg.LinearOperator`` ``[N * O, N * I]``; or ``[N * O, P]``."""
+        return exports.to_scipy(self)
+
+    def to_sparse(self, layout: torch.layout = torch.sparse_coo) -> Tensor:
+        """All blocks along the diagonal of one sparse matrix ``[N * O, N * I]``.
+
+        ``layout``: ``torch.sparse_coo`` or ``torch.sparse_bsr``.
+        """
+        return exports.to_sparse(self, layout)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Rows, columns or blocks of every sample's matrix, dense.
+
+        ``A[:, c]`` is ``[N, O]``, ``A[r]`` is ``[N, I]``, ``A[rows, cols]`` is
+        ``[N, len(rows), len(cols)]``: integers drop their axis, and slices, lists and integer
+        tensors keep it. What there are fewer of is computed, rows or columns.
+        """
+        pair = key if isinstance(key, tuple) else (key, slice(None))
+        if len(pair) != 2:
+            raise InputError(
+                f"A[{key!r}]: a map has two axes beside the samples, outputs and inputs; index "
+                "samples by asking for the operator of those inputs"
+            )
+        rows, drop_rows = _entries(pair[0], self.shape[1], "outputs")
+        columns, drop_columns = _entries(pair[1], self.shape[2], "inputs")
+        if len(columns) < len(rows) or (self.inputs.shared and len(columns) < 2 * len(rows)):
+            found = self.columns(columns)[:, rows]
+        else:
+            found = self.rows(rows)[:, :, columns]
+        if drop_columns:
+            found = found.squeeze(2)
+        return found.squeeze(1) if drop_rows else found
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed(LinearMap):
+    """The transpose of a map."""
+
+    of: LinearMap
+
+    @property
+    def inputs(self) -> Space:
+        return self.of.outputs
+
+    @property
+    def outputs(self) -> Space:
+        return self.of.inputs
+
+    @property
+    def samples(self) -> int:
+        return self.of.samples
+
+    @property
+    def T(self) -> LinearMap:
+        return self.of
+
+    @property
+    def at_once(self) -> int:
+        return self.of.at_once
+
+    def push(self, columns: Blocks) -> list[Block]:
+        return self.of.pull(columns)
+
+    def pull(self, rows: Blocks) -> list[Block]:
+        return self.of.push(rows)
+
+    def rows(self, entries: Sequence[int]) -> Tensor:
+        return self.of.columns(entries).transpose(1, 2)
+
+    def columns(self, entries: Sequence[int]) -> Tensor:
+        return self.of.rows(entries).transpose(1, 2)
+
+    def __repr__(self) -> str:
+        return f"transpose of {self.of!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class Composed(LinearMap):
+    """``outer @ inner``: the product of the two blocks of every sample, never formed."""
+
+    outer: LinearMap
+    inner: LinearMap
+
+    def __post_init__(self) -> None:
+        gives, takes = self.inner.outputs, self.outer.inputs
+        if [(a.shape, a.dtype) for a in gives.leaves] != [(a.shape, a.dtype) for a in takes.leaves]:
+            raise InputError(
+                f"B @ A: A gives {gives.words} {self.inner.dtype}, but B takes {takes.words} "
+                f"{takes.leaves[0].dtype}; they must be the same tensors in the same order"
+            )
+        if takes.shared:
+            raise UnsupportedError(
+                "B @ A: B takes parameters, which all samples share, so the product is no block "
+                "for each sample; apply the maps one after the other"
+            )
+
+    @property
+    def inputs(self) -> Space:
+        return self.inner.inputs
+
+    @property
+    def outputs(self) -> Space:
+        return self.outer.outputs
+
+    @property
+    def samples(self) -> int:
+        return self.outer.samples
+
+    @property
+    def at_once(self) -> int:
+        return min(self.outer.at_once, self.inner.at_once)
+
+    def push(self, columns: Blocks) -> list[Block]:
+        return self.outer.push(_renamed(self.inner.push(columns), self.outer.inputs))
+
+    def pull(self, rows: Blocks) -> list[Block]:
+        return self.inner.pull(_renamed(self.outer.pull(rows), self.inner.outputs))
+
+    def refuse_coupled(self) -> None:
+        self.outer.refuse_coupled()
+        self.inner.refuse_coupled()
+
+    def __repr__(self) -> str:
+        return f"({self.outer!r}) after ({self.inner!r})"
+
+
+def _renamed(blocks: Blocks, into: Space) -> list[Block]:
+    return [Block(b.data, a.shape) for b, a in zip(blocks, into.leaves, strict=True)]
+
+
+def _apart(block: Block) -> Block:
+    """Rows ``[K, 1, *s]`` as ``[K * N, N, *s]``: one sample's at a time, the others zero."""
+    n = block.shape[0]
+    data = torch.zeros(block.rows, n, n, *block.shape[1:], dtype=block.data.dtype,
+                       device=block.data.device)  # fmt: skip
+    own = torch.arange(n, device=data.device)
+    data[:, own, own] = block.full()
+    return Block(data.flatten(0, 1), block.shape)
+
+
+def _nested(space: Space, leaves: Sequence[Any]) -> Any:
+    found = iter(leaves)
+    return space.tree.build([None if a is None else next(found) for a in space.tree.leaves])
+
+
+def _entries(key: Any, size: int, what: str) -> tuple[list[int], bool]:
+    """Flat indices, and whether their axis goes."""
+    if isinstance(key, slice):
+        return list(range(*key.indices(size))), False
+    if isinstance(key, Tensor) and key.dim() == 1 and key.dtype in (torch.int64, torch.int32):
+        key = key.tolist()
+    single = hasattr(key, "__index__") and not isinstance(key, bool) and not getattr(key, "ndim", 0)
+    found = [key] if single else key
+    if not isinstance(found, list) or not all(
+        hasattr(k, "__index__") and not isinstance(k, bool) for k in found
+    ):
+        raise InputTypeError(
+            f"{what} must be an int, a slice, a list of int or a LongTensor, got "
+            f"{type(key).__name__}"
+        )
+    wrong = [k for k in found if not -size <= int(k) < size]
+    if wrong:
+        raise SelectionError(
+            f"{what} {wrong[0]} is out of range: flat indices go from 0 to {size - 1}"
+        )
+    return [int(k) % size for k in found], single

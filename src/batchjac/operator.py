@@ -1,0 +1,325 @@
+"""The lazy Jacobian: products from one recorded forward, and what follows from them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac import measures, memory
+from batchjac.block import Block
+from batchjac.capture import Capture
+from batchjac.errors import InputError, StateError, UnsupportedError
+from batchjac.gram import Across, Norms, Products, Source, Within, total
+from batchjac.maps import Blocks, LinearMap
+from batchjac.problem import Problem, pose
+from batchjac.recording import Recording, record
+from batchjac.seeds import seeds
+from batchjac.solve import solve
+from batchjac.space import Axes, Space, space
+
+_CLOSED = "this operator was closed; make another with batchjac.operator"
+
+
+class Jacobian(LinearMap):
+    """Every sample's own Jacobian as a linear map, made by ``batchjac.operator``."""
+
+    def __init__(self, problem: Problem, max_memory: int | str | None) -> None:
+        self.problem = replace(problem, mode="reverse")
+        self._asked, self._limit = problem, max_memory
+        tensors = [t for t in problem.tree.leaves if isinstance(t, Tensor)]
+        self._allowed = memory.budget(max_memory, tensors[0].device)
+        self._samples = problem.samples
+        self._kept: Recording | None = None
+        self._closed = False
+        few = self.samples
+        if problem.coupling == "error" and not problem.create_graph:
+            told = max_memory is not None
+            few = memory.first(tensors, problem.module, self.samples, self._allowed, told)
+        first = self._record(slice(0, few))
+        self._inputs, self._outputs = _inputs(problem, first.captured), _outputs(first)
+        self.chunk = self._fitting(first)
+        if few == self.chunk == self.samples:
+            self._kept = first
+        else:
+            first.close()
+            if self.chunk == self.samples:
+                self._kept = self._record(slice(0, self.samples))
+
+    @property
+    def inputs(self) -> Space:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Space:
+        return self._outputs
+
+    @property
+    def samples(self) -> int:
+        return self._samples
+
+    def _record(self, samples: slice) -> Recording:
+        return record(self.problem, samples, memory.spare(self._allowed, 0))
+
+    def _fitting(self, first: Recording) -> int:
+        """How many samples one forward takes: all, if they fit beside one row."""
+        n, need = self.samples, first.need
+        fits = memory.spare(self._allowed, 0) // (need.saved + need.live)
+        if fits >= n:
+            return n
+        whole = self.problem.coupling != "error" or self.problem.create_graph
+        if whole or fits < 1:  # says what would do
+            memory.chunk(need, n if whole else 1, 1, self._allowed, 0, whole=True)
+        return int(min(n, fits))
+
+    def recordings(self) -> Iterator[Recording]:
+        """The recorded forward; with more samples than fit, one chunk after the other."""
+        if self._closed:
+            raise StateError(_CLOSED)
+        if self._kept is not None:
+            yield self._kept
+            return
+        for start in range(0, self.samples, self.chunk):
+            part = self._record(slice(start, min(self.samples, start + self.chunk)))
+            yield part
+            part.close()
+
+    @property
+    def at_once(self) -> int:
+        if self._kept is not None:
+            return self._kept.at_once
+        return 1 if self.chunk < self.samples else 1 << 20
+
+    def push(self, columns: Blocks) -> list[Block]:
+        parts = []
+        for recording in self.recordings():
+            into = [
+                b if a.shared else _of(b, recording.samples)
+                for a, b in zip(self.inputs.leaves, columns, strict=True)
+            ]
+            with recording.running():
+                found = recording.push(into)
+            parts.append(self._selected(recording, found))
+        return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
+                                                        self.outputs.leaves, strict=True)]  # fmt: skip
+
+    def pull(self, rows: Blocks) -> list[Block]:
+        parts = []
+        for recording in self.recordings():
+            into = self._spread(recording, [_of(b, recording.samples) for b in rows])
+            with recording.running():
+                parts.append(recording.pull(into))
+        return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
+                                                        self.inputs.leaves, strict=True)]  # fmt: skip
+
+    def _spread(self, recording: Recording, rows: Blocks) -> list[Block]:
+        """Rows of the selected outputs as rows of all of them, zero elsewhere."""
+        found = []
+        for job, block in zip(recording.work, rows, strict=True):
+            chosen = seeds(job.y, recording.problem.outputs, "error", job.samples, job.path)
+            shape = tuple(job.y.shape)
+            if chosen.every:
+                found.append(Block(block.data.reshape(*block.data.shape[:2], *shape[1:]), shape))
+                continue
+            index = _each_sample(chosen.entries)
+            data = block.data.flatten(2) if block.data.dim() > 2 else block.data.unsqueeze(2)
+            n = max(data.shape[1], len(index))
+            flat = data.new_zeros(block.rows, n, job.y[0].numel())
+            flat.scatter_add_(2, index.expand(block.rows, n, -1), data.expand(-1, n, -1))
+            found.append(Block(flat.reshape(block.rows, n, *shape[1:]), shape))
+        return found
+
+    def _selected(self, recording: Recording, columns: Blocks) -> list[Block]:
+        """Columns at the selected outputs."""
+        found = []
+        for job, block in zip(recording.work, columns, strict=True):
+            chosen = seeds(job.y, recording.problem.outputs, "error", job.samples, job.path)
+            data = block.full()
+            if not chosen.every:
+                flat = data.flatten(2) if data.dim() > 2 else data.unsqueeze(2)
+                index = _each_sample(chosen.entries).expand(*flat.shape[:2], -1)
+                data = flat.gather(2, index)
+            data = data.reshape(*data.shape[:2], *chosen.shape)
+            found.append(Block(data, tuple(data.shape[1:])))
+        return found
+
+    def norm_squared(self) -> Tensor:
+        found = self._factored(Norms, self.shape[1]) if self.inputs.shared else None
+        return super().norm_squared() if found is None else found.sum(1)
+
+    def norm_estimate(self, samples: int, generator: torch.Generator | None) -> Tensor:
+        if not self.inputs.shared:
+            return super().norm_estimate(samples, generator)
+        z = self.outputs.random(measures.count_of(samples), self.samples, generator)
+        found = self._factored(Norms, samples, z)
+        return super().norm_estimate(samples, generator) if found is None else found.mean(1)
+
+    def gram(self, *, of: str = "outputs", across: bool = False) -> Tensor:
+        if not self.inputs.shared or of != "outputs":
+            return super().gram(of=of, across=across)
+        found = self._factored(Across if across else Within, self.shape[1])
+        if found is not None:
+            return found
+        return measures.kernel(self) if across else super().gram()
+
+    def _factored(
+        self, kind: type[Products], rows: int, given: Blocks | None = None
+    ) -> Tensor | None:
+        """Inner products of rows of the identity, or given ones, without forming them."""
+        self.refuse_coupled()
+        if self._closed:
+            raise StateError(_CLOSED)
+
+        def seeded(
+            recording: Recording, entries: Sequence[int], samples: Sequence[int]
+        ) -> list[Block]:
+            if given is None:
+                own = self.outputs.basis(entries)
+            else:
+                own = [Block(b.data[list(entries)], b.shape) for b in given]
+            return self._spread(recording, [_only(b, samples) for b in own])
+
+        whole = self.problem.coupling != "error" or self.problem.create_graph
+        source = Source(
+            self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded
+        )
+        return total(kind, source)
+
+    def _apart(self, samples: Sequence[int]) -> Recording:
+        """A recording of these samples."""
+        index = torch.tensor(list(samples))
+        tree, outputs = self.problem.tree, self.problem.outputs
+        leaves = tuple(
+            t[index.to(t.device)] if isinstance(t, Tensor) else t for t in tree.leaves
+        )
+        if isinstance(outputs, Tensor) and outputs.dim() == 1:
+            outputs = outputs[index.to(outputs.device)]
+        some = replace(
+            self.problem, tree=replace(tree, leaves=leaves), inputs=tree.build(leaves),
+            samples=len(index), outputs=outputs,
+        )  # fmt: skip
+        return record(some, slice(0, len(index)), memory.spare(self._allowed, 0))
+
+    def refuse_coupled(self) -> None:
+        if self.problem.coupling == "full":
+            raise UnsupportedError(
+                'coupling="full": samples have no blocks of their own; this operator has products '
+                "and dense()"
+            )
+
+    def dense(self) -> Any:
+        return solve(self._asked, self._limit, None).jacobian
+
+    def close(self) -> None:
+        """Free the recorded forward; further products raise ``StateError``."""
+        if self._kept is not None:
+            self._kept.close()
+        self._kept, self._closed = None, True
+
+    def __del__(self) -> None:
+        # a very deep graph overflows the stack unless it is taken apart from its outputs down
+        if getattr(self, "_kept", None) is not None and self._kept is not None:
+            if self._kept.roots:
+                self._kept.close()
+
+    def __enter__(self) -> "Jacobian":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        function = self.problem.module or self.problem.function
+        name = getattr(function, "__name__", type(function).__name__)
+        held = "one recorded forward" if self._kept else f"forwards of {self.chunk} samples"
+        if self._closed:
+            held = "closed"
+        n, o, i = self.shape
+        return (
+            f"Jacobian of {name}: {n} samples x {o} outputs ({self.outputs.words}) x {i} "
+            f"{'parameters' if self.inputs.shared else 'inputs'} ({self.inputs.words}), "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {held}"
+        )
+
+
+def operator(
+    f: Callable[..., Any],
+    inputs: Any,
+    *,
+    of: str | None = None,
+    wrt: str | Sequence[str] | None = None,
+    outputs: Any = None,
+    coupling: str = "error",
+    create_graph: bool = False,
+    max_memory: int | str | None = None,
+    batched: bool = True,
+) -> Jacobian:
+    problem = pose(
+        f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
+        create_graph=create_graph, batched=batched,
+    )  # fmt: skip
+    if coupling == "sum":
+        raise InputError(
+            'coupling="sum" adds samples up, which is no linear map for each of them; use '
+            '"full" for products with the whole Jacobian'
+        )
+    return Jacobian(problem, max_memory)
+
+
+def _inputs(problem: Problem, captured: Capture) -> Space:
+    """What the answer nests outputs over: by name where several were asked for."""
+    axes: list[Axes | None] = []
+    named: dict[str, Any] = {}
+    for name, tree in captured.targets.items():
+        start = len(axes)
+        for t in tree.leaves:
+            own = None if t is None else (problem.samples, *t.shape[1:])
+            axes.append(
+                None if t is None or own is None
+                else Axes(t.path, own if t.per_sample else t.shape, t.dtype, t.device,
+                          not t.per_sample)
+            )  # fmt: skip
+        named[name] = tree.build(list(range(start, len(axes))))
+    return space(named if problem.named else next(iter(named.values())), axes)
+
+
+def _outputs(recording: Recording) -> Space:
+    captured, problem = recording.captured, recording.problem
+    axes: list[Axes | None] = [None] * len(captured.values.leaves)
+    for job in recording.work:
+        chosen = seeds(job.y, problem.outputs, "error", job.samples, job.path)
+        shape = (problem.samples, *chosen.shape)
+        axes[job.index] = Axes(job.path, shape, job.y.dtype, job.y.device)
+    return space(captured.values.build(list(range(len(axes)))), axes)
+
+
+def _each_sample(entries: Tensor) -> Tensor:
+    """Flat indices ``[V]`` or ``[V, N]`` as ``[1 or N, V]``."""
+    return entries.T if entries.dim() == 2 else entries.unsqueeze(0)
+
+
+def _only(block: Block, samples: Sequence[int]) -> Block:
+    """The part of these samples."""
+    shape = (len(samples), *block.shape[1:])
+    every = block.data.shape[1] == 1 or len(samples) == block.data.shape[1]
+    return Block(block.data if every else block.data[:, list(samples)], shape)
+
+
+def _of(block: Block, samples: slice) -> Block:
+    """The part of these samples."""
+    count = samples.stop - samples.start
+    data = block.data if block.data.shape[1] == 1 else block.data[:, samples]
+    return Block(data, (count, *block.shape[1:]))
+
+
+def _joined(column: Sequence[Block], axes: Axes) -> Block:
+    """One tensor of all chunks of samples: side by side, or their sum where they share it."""
+    if len(column) == 1:
+        return Block(column[0].data, axes.shape)
+    if axes.shared:
+        total = column[0]
+        for block in column[1:]:
+            total = total.plus(block)
+        return total
+    return Block(torch.cat([b.full() for b in column], dim=1), axes.shape)

@@ -1,0 +1,334 @@
+"""One forward, kept, and products with its Jacobian in both directions.
+
+Law: ``<u, push(v)> = <pull(u), v>``, and both equal the Jacobian of ``engines/reference.py``.
+The first product of a kind on a graph is compared: rows with one backward of autograd's engine,
+tangents with the law. What does not agree goes another way, which is slower and right.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from batchjac import coupling, memory, verify
+from batchjac.block import Block, dense
+from batchjac.capture import Capture, Target, again, capture
+from batchjac.engines.forward import NoForwardRule, forward_ready, tangents
+from batchjac.engines.rows import pull
+from batchjac.engines.rows import rows as engine_rows
+from batchjac.engines.sweep import Kernels
+from batchjac.errors import BatchjacError, UnsupportedError, is_out_of_memory
+from batchjac.graph import DEEP, hold, let_go
+from batchjac.job import Goal, Job, jobs, need
+from batchjac.plain import unrounded
+from batchjac.problem import Problem
+from batchjac.state import untouched
+
+log = logging.getLogger("batchjac")
+
+Blocks = Sequence[Block]
+
+
+@dataclass
+class Recording:
+    """Jobs of one capture, one for each output, all toward the same targets in the same order."""
+
+    problem: Problem
+    samples: slice
+    captured: Capture
+    work: list[Job]
+    room: int  # bytes that blocks may take
+    by_engine: bool = False  # rows go one at a time through autograd, hooks and all
+    need: memory.Need = field(init=False)
+    roots: list[torch.autograd.graph.Node] = field(init=False)  # if there are very many below them
+
+    def __post_init__(self) -> None:
+        self.need = need(self.work, self.captured.samples)
+        deep = self.captured.nodes > DEEP
+        ys = self.captured.outputs.values() if deep else ()
+        self.roots = [y.grad_fn for y in ys if y.grad_fn is not None]
+
+    @property
+    def targets(self) -> list[Target]:
+        """What is differentiated by, in the order of every job's goals."""
+        return [goal.target for goal in self.work[0].goals]
+
+    @property
+    def at_once(self) -> int:
+        """How many rows or columns go together: as many as there is room for."""
+        count = self.captured.samples
+        return memory.chunk(self.need, count, 1 << 20, self.room, 0, whole=True).rows
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The function's flags as in its forward, for what its graph may run again."""
+        with untouched(self.problem.module), again(self.problem, self.captured), unrounded():
+            yield
+
+    def pull(self, cotangents: Blocks) -> list[Block]:
+        """Rows ``[K, N, *out]``, one block for each output, to every target: ``Jᵀ u``."""
+        rows = max(b.rows for b in cotangents)
+        if rows == 1 and self.problem.coupling != "frozen":
+            return self._one_row(cotangents)
+        total: list[Block | None] = [None] * len(self.targets)
+        for job, block in zip(self.work, cotangents, strict=True):
+            if job.root is None:
+                continue
+            found = self._rows(job, block)
+            for k, part in enumerate(found):
+                before = total[k]
+                total[k] = part if before is None or part is None else before.plus(part)
+                total[k] = total[k] or before
+        return [
+            b or _zeros(t, rows) for b, t in zip(total, self.targets, strict=True)
+        ]
+
+    def _one_row(self, cotangents: Blocks) -> list[Block]:
+        """One row through autograd's own engine, from all outputs together."""
+        pairs = [
+            (job.y, block.full()[0])
+            for job, block in zip(self.work, cotangents, strict=True)
+            if job.y.requires_grad
+        ]
+        found: Sequence[Tensor | None] = [None] * len(self.targets)
+        if pairs:
+            edges = [_edge(t) for t in self.targets]
+            with torch.enable_grad():
+                total = torch.stack([(y * c).sum().to(pairs[0][0].dtype) for y, c in pairs]).sum()
+            found = torch.autograd.grad(
+                total, edges, retain_graph=True, create_graph=self.problem.create_graph,
+                allow_unused=True,
+            )  # fmt: skip
+        return [
+            _zeros(t, 1) if g is None else Block(dense(g).unsqueeze(0), t.shape)
+            for g, t in zip(found, self.targets, strict=True)
+        ]
+
+    def _rows(self, job: Job, block: Block) -> list[Block | None]:
+        """All rows of one output, walked; compared with autograd the first time."""
+        if not self.by_engine:
+            try:
+                found = self._walked(job, block)
+            except Exception as error:  # whatever a node raises: autograd's engine decides
+                if isinstance(error, BatchjacError) or is_out_of_memory(error):
+                    raise
+                self._distrust(f"the walk failed ({type(error).__name__}: {error})")
+            else:
+                if self._agrees(job, block, found):
+                    return found
+                self._distrust("the walk and autograd disagree on this function")
+        slots = engine_rows(job.y, [g.edge for g in job.goals], block, self.problem.create_graph)
+        return [slots.get(goal.slot) for goal in job.goals]
+
+    def _walked(self, job: Job, block: Block) -> list[Block | None]:
+        assert job.root is not None
+        history = self.problem.create_graph
+        slots = job.walk(job.graph, {job.root: block}, job.kernels, None, history)
+        return [slots.get(goal.slot) for goal in job.goals]
+
+    def _agrees(self, job: Job, block: Block, found: Sequence[Block | None]) -> bool:
+        """Whether a combination of the rows is what the engine gives for that of the cotangents."""
+        if self.problem.coupling == "frozen" or not job.y.requires_grad or verify.trusted(job):
+            return True
+        generator = torch.Generator().manual_seed(0)
+        w = torch.randn(block.rows, generator=generator, dtype=torch.float64)
+        for weights in (w, torch.eye(block.rows, 1, dtype=torch.float64)[:, 0]):
+            mixed = [_mixed(job.y, weights, block)]
+            expected = pull(job.y, [g.edge for g in job.goals], mixed[0].detach())
+            pairs = [
+                (_mixed(e, weights, f).detach(), e.detach())
+                for f, e in zip(found, expected, strict=True)
+                if f is not None and e is not None
+            ]
+            if all(verify.near(ours, theirs, verify.tolerance(job)) for ours, theirs in pairs):
+                verify.trust(job)
+                return True
+            if all(theirs.isfinite().all() for _, theirs in pairs):
+                return False
+        return False  # a mixture is NaN where no row is, so the first row alone was looked at
+
+    def _distrust(self, reason: str) -> None:
+        if self.problem.coupling == "frozen":
+            raise UnsupportedError(
+                f'{reason}, and coupling="frozen" holds statistics constant in the walk alone; '
+                "call model.eval()"
+            )
+        log.warning("%s: rows now go through autograd one at a time", reason)
+        self.by_engine = True
+
+    def push(self, columns: Blocks) -> list[Block]:
+        """Columns ``[K, N, *in]``, one block for each target, to every output: ``J v``."""
+        return [self._pushed(job, columns) for job in self.work]
+
+    def _pushed(self, job: Job, columns: Blocks) -> Block:
+        if job.root is None:
+            return Block(_nothing(job.y, columns[0].rows), tuple(job.y.shape))
+        plain = not self.by_engine and not self.captured.hooked
+        ways: list[Callable[[Job, Blocks], Block]] = [self._forward] if plain else []
+        if self.problem.coupling != "frozen":
+            ways.append(self._twice_back)
+        for way in ways:
+            try:
+                found = way(job, columns)
+                if self._transposed(job, columns, found, way.__name__):
+                    return found
+            except NoForwardRule as error:
+                log.info("no forward rule for node %s: products go back twice", error)
+            except RuntimeError as error:  # a node that cannot be differentiated twice
+                if isinstance(error, BatchjacError) or is_out_of_memory(error):
+                    raise
+                log.info("products go row by row: %s", error)
+        return self._by_rows(job, columns)
+
+    def _forward(self, job: Job, columns: Blocks) -> Block:
+        """By the forward rules, from each target by itself."""
+        assert job.root is not None
+        total: Block | None = None
+        for goal, block in zip(job.goals, columns, strict=True):
+            graph = job.pruned((goal,))
+            missing = forward_ready(graph)
+            if missing is not None:
+                raise NoForwardRule(missing)
+            found = tangents(graph, {goal.slot: block}, job.root, self.problem.create_graph)
+            if found is not None:
+                found = found.owned_if(False)
+                total = found if total is None else total.plus(found)
+        return total or Block(_nothing(job.y, columns[0].rows), tuple(job.y.shape))
+
+    def _twice_back(self, job: Job, columns: Blocks) -> Block:
+        """``Jᵀ u`` is linear in u: its derivative by u, along v, is ``J v``.
+
+        Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994,
+        for R{.}; the two reverse passes: Townsend, "A new trick for calculating Jacobian vector
+        products", 2017.
+        """
+        history, found = self.problem.create_graph, []
+        with torch.enable_grad():
+            u = torch.zeros_like(job.y, requires_grad=True)
+            edges = [g.edge for g in job.goals]
+            back = torch.autograd.grad((job.y * u).sum(), edges, create_graph=True,
+                                       allow_unused=True)  # fmt: skip
+            for k in range(columns[0].rows):
+                pairs = [
+                    (g * c.full()[k]).sum()
+                    for g, c in zip(back, columns, strict=True)
+                    if g is not None and g.requires_grad
+                ]
+                total = torch.stack([p.to(pairs[0].dtype) for p in pairs]).sum() if pairs else None
+                if total is None:
+                    found.append(torch.zeros_like(job.y))
+                else:
+                    (along,) = torch.autograd.grad(total, u, retain_graph=True,
+                                                   create_graph=history)  # fmt: skip
+                    found.append(along)
+        return Block(torch.stack(found), tuple(job.y.shape))
+
+    def _by_rows(self, job: Job, columns: Blocks) -> Block:
+        """``sum_i J[n,o,i] v[n,i]``, each row of J made and dropped."""
+        shape = tuple(job.y.shape)
+        n, width = shape[0], job.y[0].numel()
+        across = any(t.shape[:1] != (n,) or not t.per_sample for t in self.targets)
+        across = across or self.problem.coupling == "full"
+        rows = n * width if across else width
+        found = job.y.new_zeros(columns[0].rows, n, width)
+        for start in range(0, rows, self.at_once):
+            stop = min(rows, start + self.at_once)
+            seeds = _identity(job.y, start, stop, across)
+            for goal, block, v in zip(job.goals, self._rows(job, seeds), columns, strict=True):
+                if block is None:
+                    continue
+                if across:
+                    part = block.full().flatten(1) @ v.full().flatten(1).T
+                    found.flatten(1)[:, start:stop] += part.T.to(found.dtype)
+                else:
+                    part = torch.einsum("rni,kni->knr", _flat(block, goal), _flat(v, goal))
+                    found[:, :, start:stop] += part.to(found.dtype)
+        return Block(found.reshape(-1, *shape), shape)
+
+    def _transposed(self, job: Job, columns: Blocks, found: Block, way: str) -> bool:
+        """Whether ``<u, J v> = <Jᵀ u, v>``, u random and v one random column of those pushed."""
+        if verify.trusted(job, way):
+            return True
+        generator = torch.Generator().manual_seed(1)
+        w = torch.randn(found.rows, generator=generator, dtype=torch.float64)
+        u = torch.randn(job.y.shape, generator=generator, dtype=torch.float64)
+        u = u.to(job.y.device, job.y.dtype)
+        ours = u * _mixed(job.y, w, found).detach()
+        theirs: list[Tensor] = []
+        row = self._walked(job, Block(u.unsqueeze(0), tuple(u.shape))) if (
+            self.problem.coupling == "frozen"
+        ) else [g if g is None else Block(g.unsqueeze(0), tuple(g.shape)) for g in
+                pull(job.y, [g.edge for g in job.goals], u)]  # fmt: skip
+        for g, v in zip(row, columns, strict=True):
+            if g is not None:
+                theirs.append((g.full()[0] * _mixed(g.data, w, v)).detach())
+        a, b = float(ours.sum()), sum(float(t.sum()) for t in theirs)
+        size = float(ours.abs().sum()) + sum(float(t.abs().sum()) for t in theirs)
+        if not abs(a - b) <= verify.tolerance(job) * size:  # also where either is NaN
+            return False
+        verify.trust(job, way)
+        return True
+
+    def close(self) -> None:
+        """Free the graph, from its outputs down where it is very deep."""
+        if self.roots:
+            hold(self.roots)
+        self.work, self.roots = [], []
+        del self.captured
+        let_go(lambda: None)
+
+
+def record(problem: Problem, samples: slice, room: int) -> Recording:
+    """One forward on these samples, checked for coupling.
+
+    Errors: ``CouplingError``, and what a forward may raise.
+    """
+    with untouched(problem.module) as restore:
+        with capture(problem, samples) as captured:
+            work = jobs(problem, captured, samples, Kernels())
+            if captured.samples > 1 and problem.coupling not in ("sum", "full"):
+                for job in work:
+                    coupling.check(job, captured, captured.hooked)
+        let_go(restore)
+    found = Recording(problem, samples, captured, work, room, captured.hooked)
+    if found.by_engine and problem.coupling == "frozen":
+        found._distrust("this function hooks gradients")
+    return found
+
+
+def _edge(target: Target) -> GradientEdge:
+    assert target.edge is not None
+    return target.edge
+
+
+def _zeros(target: Target, rows: int) -> Block:
+    zero = torch.zeros((), dtype=target.dtype, device=target.device)
+    return Block(zero.expand(rows, *(1 for _ in target.shape)), target.shape)
+
+
+def _nothing(y: Tensor, rows: int) -> Tensor:
+    return y.new_zeros(()).expand(rows, *(1 for _ in y.shape))
+
+
+def _mixed(like: Tensor, weights: Tensor, block: Block) -> Tensor:
+    """``sum_k w[k] block[k]``, dense, in the dtype of the block."""
+    w = weights.to(like.device, block.data.dtype)
+    return torch.einsum("k,k...->...", w, block.full())
+
+
+def _identity(y: Tensor, start: int, stop: int, across: bool) -> Block:
+    """Rows of the identity on ``y``, the same for all samples or through all of ``[N, out]``."""
+    n, width = y.shape[0], y[0].numel()
+    data = y.new_zeros(stop - start, n * width if across else width)
+    data[torch.arange(stop - start, device=y.device), torch.arange(start, stop)] = 1
+    return Block(data.reshape(stop - start, n if across else 1, *y.shape[1:]), tuple(y.shape))
+
+
+def _flat(block: Block, goal: Goal) -> Tensor:
+    """``[K, N, entries]``."""
+    data = block.full()
+    return data.flatten(2) if data.dim() > 2 else data.unsqueeze(2)

@@ -1,0 +1,171 @@
+"""What a linear map takes or gives: tensors in the nesting of the caller, all of known shape.
+
+Inside, one tensor is a ``Block`` of columns, ``[K, *shape]``. Outside it is the tensor itself, or
+with many columns ``[*shape, K]``, as in a matrix product.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchjac.block import Block
+from batchjac.errors import InputError, InputTypeError
+from batchjac.tree import Tree, flatten
+
+
+@dataclass(frozen=True)
+class Axes:
+    """One tensor: ``[N, *inner]``, or ``[*inner]`` where all samples share it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    shared: bool = False
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape for one sample."""
+        return self.shape if self.shared else self.shape[1:]
+
+    @property
+    def width(self) -> int:
+        """The entries of one sample."""
+        return math.prod(self.inner)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Tensors nested as the caller nests them; ``None`` for what has no derivative.
+
+    Law: ``nest(parts(v)) == v`` where v holds ``None`` for what has no derivative.
+    """
+
+    tree: Tree
+
+    @property
+    def leaves(self) -> tuple[Axes, ...]:
+        """The tensors, in order; flat indices count through them."""
+        return tuple(a for a in self.tree.leaves if a is not None)
+
+    @property
+    def width(self) -> int:
+        """The entries of one sample, of all tensors."""
+        return sum(a.width for a in self.leaves)
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is something that all samples share: a parameter."""
+        return any(a.shared for a in self.leaves)
+
+    @property
+    def words(self) -> str:
+        """The axes, for people."""
+        return " + ".join(f"{a.path.lstrip('.') or ''}{list(a.shape)}" for a in self.leaves)
+
+    def parts(self, value: Any, what: str) -> tuple[list[Block], bool]:
+        """The tensors of a value as blocks of columns, and whether it came with many columns."""
+        given = flatten(value)
+        if given.paths != self.tree.paths:
+            raise InputError(
+                f"{what} is nested as {_paths(given.paths)}, expected {_paths(self.tree.paths)}, "
+                f"one tensor for each of {self.words}"
+            )
+        pairs = [
+            (axes, leaf)
+            for axes, leaf in zip(self.tree.leaves, given.leaves, strict=True)
+            if axes is not None
+        ]
+        for axes, leaf in pairs:
+            _check_kind(axes, leaf, what)
+        extra = [tuple(leaf.shape[len(axes.shape) :]) for axes, leaf in pairs]
+        fits = all(tuple(leaf.shape[: len(axes.shape)]) == axes.shape for axes, leaf in pairs)
+        if not fits or len(set(extra)) > 1 or len(extra[0]) > 1:
+            came = ", ".join(f"{what}{axes.path} {list(leaf.shape)}" for axes, leaf in pairs)
+            raise InputError(
+                f"got {came}; expected {self.words}, or the same with one axis more at the end for "
+                "several columns"
+            )
+        many = bool(extra[0])
+        return [
+            Block(leaf.movedim(-1, 0) if many else leaf.unsqueeze(0), axes.shape)
+            for axes, leaf in pairs
+        ], many
+
+    def nest(self, blocks: Sequence[Block], many: bool) -> Any:
+        """The blocks in the caller's nesting; their columns last, or none where there is one."""
+        found = iter(blocks)
+        leaves = [None if axes is None else next(found).full() for axes in self.tree.leaves]
+        return self.tree.build(
+            [t if t is None else t.movedim(0, -1) if many else t.squeeze(0) for t in leaves]
+        )
+
+    def split(self, flat: Tensor) -> list[Block]:
+        """Flat entries ``[K, N or 1, width]``, the same for all samples where it says 1."""
+        sizes = [a.width for a in self.leaves]
+        blocks = []
+        for axes, part in zip(self.leaves, flat.split(sizes, dim=2), strict=True):
+            data = part.reshape(*part.shape[:2], *axes.inner).to(axes.device, axes.dtype)
+            blocks.append(Block(data.squeeze(1) if axes.shared else data, axes.shape))
+        return blocks
+
+    def flat(self, blocks: Sequence[Block]) -> Tensor:
+        """The other way: ``[K, N, width]``, or ``[K, 1, width]`` where all samples share it."""
+        parts = []
+        for axes, block in zip(self.leaves, blocks, strict=True):
+            data = block.full().unsqueeze(1) if axes.shared else block.full()
+            parts.append(data.flatten(2) if data.dim() > 2 else data.unsqueeze(2))
+        if len(parts) == 1:
+            return parts[0]
+        samples = max(p.shape[1] for p in parts)
+        return torch.cat([p.expand(-1, samples, -1) for p in parts], dim=2)
+
+    def basis(self, entries: Sequence[int]) -> list[Block]:
+        """One column for each of these flat entries, 1 there, the same for every sample."""
+        first = self.leaves[0]
+        data = torch.zeros(len(entries), 1, self.width, dtype=first.dtype, device=first.device)
+        index = torch.tensor(list(entries), dtype=torch.int64, device=first.device)
+        data[torch.arange(len(entries), device=first.device), 0, index] = 1
+        return self.split(data)
+
+    def random(self, count: int, samples: int, generator: torch.Generator | None) -> list[Block]:
+        """Columns of independent random signs, each sample its own."""
+        first = self.leaves[0]
+        device = first.device if generator is None else generator.device
+        signs = torch.randint(0, 2, (count, samples, self.width), generator=generator,
+                              device=device)  # fmt: skip
+        return self.split((2 * signs - 1).to(first.device, first.dtype))
+
+
+def space(structure: Any, axes: Sequence[Axes | None]) -> Space:
+    """The space whose value has the nesting of ``structure``, which holds counted integers."""
+    tree = flatten(structure)
+    named = tuple(
+        None if axes[k] is None else _at(axes[k], path)
+        for k, path in zip(tree.leaves, tree.paths, strict=True)
+    )
+    return Space(Tree(named, tree.paths, tree.build))
+
+
+def _at(axes: Axes | None, path: str) -> Axes | None:
+    return axes and Axes(path, axes.shape, axes.dtype, axes.device, axes.shared)
+
+
+def _paths(paths: Sequence[str]) -> str:
+    return "(" + ", ".join(path or "one tensor" for path in paths) + ")"
+
+
+def _check_kind(axes: Axes, leaf: Any, what: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise InputTypeError(
+            f"{what}{axes.path} must be a tensor {list(axes.shape)}, got {type(leaf).__name__}"
+        )
+    if leaf.dtype != axes.dtype or leaf.device != axes.device:
+        raise InputTypeError(
+            f"{what}{axes.path} is {leaf.dtype} on {leaf.device}, this operator is {axes.dtype} on "
+            f"{axes.device}; pass {what}.to(...) that"
+        )
