@@ -235,9 +235,9 @@ def _meet(f: Factored, total: Tensor, most: int) -> None:
             z = d[first].reshape(g, v * c, p) @ q
             part = z.reshape(-1, g, v, c, p)
             found = _flat(part) @ _flat(d[start:stop]).mT  # [m, V, V]
-            total[first * v : (first + 1) * v, start * v : stop * v] += (
-                found.transpose(0, 1).flatten(1)
-            )
+            total[first * v : (first + 1) * v, start * v : stop * v] += found.transpose(
+                0, 1
+            ).flatten(1)
 
 
 def add_products(total: Tensor, rows: Tensor, step: int = 128) -> None:

@@ -6,6 +6,7 @@ to every inner product is added, and the layer dropped.
 """
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,9 +196,7 @@ class Factors:
             return False
         return weights is None or self._agree(seeds, weights, sums)
 
-    def _agree(
-        self, seeds: Sequence[Block], weights: Tensor, sums: Mapping[Slot, Tensor]
-    ) -> bool:
+    def _agree(self, seeds: Sequence[Block], weights: Tensor, sums: Mapping[Slot, Tensor]) -> bool:
         """Whether the weighted sum of all rows is one backward of autograd's engine."""
         recording = self.recording
         edges = [goal.edge for goal in recording.work[0].goals]
@@ -243,8 +242,9 @@ def products(kind: type[Products], rows: int, recording: Recording, room: int) -
     n = recording.captured.samples
     y = recording.work[0].y
     shape = {Norms: (n, rows), Within: (n, rows, rows), Across: (n * rows, n * rows)}[kind]
-    half = y.dtype in (torch.float16, torch.bfloat16)
-    total = torch.zeros(shape, dtype=torch.float32 if half else y.dtype, device=y.device)
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in recording.targets))
+    half = wide in (torch.float16, torch.bfloat16)
+    total = torch.zeros(shape, dtype=torch.float32 if half else wide, device=y.device)
     most = max(1 << 14, min(_MOST, room // (_PART * y.element_size())))
     return kind(rows, n, most, total)
 
@@ -277,18 +277,17 @@ def total(kind: type[Products], source: Source) -> Tensor | None:
             return None
         samples, rows = _plan(source, held.need, room, 2 if kind is Across and n > 1 else 1)
     shape = {Norms: (n, v), Within: (n, v, v), Across: (n, v, n, v)}[kind]
-    found: Tensor | None = None
+    found: Tensor | None = None  # float32 at least, as it was added up
     for some in _parts(n, samples, kind is Across):
         with _recorded(source, some) as recording:
             held = Factors(recording)
             for entries in _parts(v, rows, kind is not Norms):
-                y = recording.work[0].y
                 part = _one(kind, source, held, some, entries, room)
                 if part is None:
                     return None
                 if found is None:
-                    found = torch.empty(shape, dtype=y.dtype, device=y.device)
-                _place(kind, found, part.to(found.dtype), some, entries)
+                    found = part.new_empty(shape)
+                _place(kind, found, part, some, entries)
     return found
 
 

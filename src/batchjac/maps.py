@@ -78,6 +78,7 @@ class LinearMap(ABC):
         """Of what comes out."""
         return self.outputs.leaves[0].device
 
+    @torch.inference_mode(False)
     def __matmul__(self, other: Any) -> Any:
         """``A @ v``, or with another map the map that applies it first."""
         if isinstance(other, LinearMap):
@@ -143,9 +144,12 @@ class LinearMap(ABC):
 
     @property
     def shorter(self) -> str:
-        """What there is less of, "rows" or "columns"."""
-        return "columns" if self.shape[2] < self.shape[1] and not self.inputs.shared else "rows"
+        """What there is less of, "rows" or "columns"; columns come in the outputs' precision."""
+        exact = all(a.dtype == self.inputs.dtype for a in self.outputs.leaves)
+        fewer = self.shape[2] < self.shape[1] and not self.inputs.shared
+        return "columns" if exact and fewer else "rows"
 
+    @torch.inference_mode(False)
     def matrix(self) -> Tensor:
         """Every sample's block as a matrix, ``[N, O, I]``: this is what the map avoids."""
         over = self.shorter
@@ -167,6 +171,7 @@ class LinearMap(ABC):
             row += out.width
         return _nested(self.outputs, found)
 
+    @torch.inference_mode(False)
     def norm(
         self,
         *,
@@ -200,6 +205,7 @@ class LinearMap(ABC):
         """The mean of ``|Jᵀ z|²``, ``[N]``."""
         return measures.norm_squared_estimate(self, samples, generator)
 
+    @torch.inference_mode(False)
     def gram(self, *, of: str = "outputs", across: bool = False) -> Tensor:
         """Inner products of the rows of every sample's block, ``J Jᵀ``, or of its columns.
 
@@ -226,10 +232,12 @@ class LinearMap(ABC):
             return measures.gram(self.T)
         return measures.gram(self)
 
+    @torch.inference_mode(False)
     def diag(self) -> Tensor:
         """The diagonal of every sample's block, ``J[n,o,o]``, ``[N, O]``; one pass for each row."""
         return measures.diagonal(self)
 
+    @torch.inference_mode(False)
     def trace(
         self, *, samples: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -247,6 +255,7 @@ class LinearMap(ABC):
             return measures.diagonal(self).sum(1)
         return measures.trace_estimate(self, samples, generator)
 
+    @torch.inference_mode(False)
     def svd(self, k: int, *, generator: torch.Generator | None = None) -> Leading:
         """The ``k`` largest singular values of every sample's block, with their vectors.
 
@@ -276,6 +285,7 @@ class LinearMap(ABC):
         """
         return exports.to_sparse(self, layout)
 
+    @torch.inference_mode(False)
     def __getitem__(self, key: Any) -> Tensor:
         """Rows, columns or blocks of every sample's matrix, dense.
 

@@ -64,7 +64,7 @@ class Leading:
 
 def norm_squared(a: Products) -> Tensor:
     """``sum_oi J[n,o,i]²``, ``[N]``."""
-    total = torch.zeros(a.samples, dtype=a.dtype, device=a.device)
+    total = torch.zeros(a.samples, dtype=a.inputs.dtype, device=a.device)
     for _, piece in a.pieces(a.shorter):
         total = total + piece.square().sum((1, 2))
     return total
@@ -86,7 +86,9 @@ def norm_squared_estimate(a: Products, count: int, generator: torch.Generator | 
 def gram(a: Products) -> Tensor:
     """``J Jᵀ``, ``[N, O, O]``: summed over columns where they are fewer, else row by row."""
     if a.shorter == "columns":
-        total = torch.zeros(a.samples, a.shape[1], a.shape[1], dtype=a.dtype, device=a.device)
+        total = torch.zeros(
+            a.samples, a.shape[1], a.shape[1], dtype=a.inputs.dtype, device=a.device
+        )
         for _, piece in a.pieces("columns"):
             total = total + piece @ piece.mT
         return total
@@ -109,9 +111,7 @@ def kernel(a: Products) -> Tensor:
 def diagonal(a: Products) -> Tensor:
     """``J[n,o,o]``, ``[N, O]``."""
     _square(a, "diag()")
-    found = [
-        piece[:, torch.arange(len(entries)), entries] for entries, piece in a.pieces("rows")
-    ]
+    found = [piece[:, torch.arange(len(entries)), entries] for entries, piece in a.pieces("rows")]
     return torch.cat(found, 1)
 
 

@@ -155,6 +155,7 @@ class Jacobian(LinearMap):
         found = self._factored(Norms, samples, z)
         return super().norm_estimate(samples, generator) if found is None else found.mean(1)
 
+    @torch.inference_mode(False)
     def gram(self, *, of: str = "outputs", across: bool = False) -> Tensor:
         if not self.inputs.shared or of != "outputs":
             return super().gram(of=of, across=across)
@@ -181,18 +182,14 @@ class Jacobian(LinearMap):
             return self._spread(recording, [_only(b, samples) for b in own])
 
         whole = self.problem.coupling != "error" or self.problem.create_graph
-        source = Source(
-            self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded
-        )
+        source = Source(self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded)
         return total(kind, source)
 
     def _apart(self, samples: Sequence[int]) -> Recording:
         """A recording of these samples."""
         index = torch.tensor(list(samples))
         tree, outputs = self.problem.tree, self.problem.outputs
-        leaves = tuple(
-            t[index.to(t.device)] if isinstance(t, Tensor) else t for t in tree.leaves
-        )
+        leaves = tuple(t[index.to(t.device)] if isinstance(t, Tensor) else t for t in tree.leaves)
         if isinstance(outputs, Tensor) and outputs.dim() == 1:
             outputs = outputs[index.to(outputs.device)]
         some = replace(
@@ -255,6 +252,63 @@ def operator(
     max_memory: int | str | None = None,
     batched: bool = True,
 ) -> Jacobian:
+    """Every sample's own Jacobian as a linear map: products with it, and nothing dense.
+
+    Args:
+        f, inputs, of, wrt, outputs, batched: As for ``jacobian``.
+        coupling: As for ``jacobian``: ``"error"``, ``"frozen"``, or ``"full"``, which has products
+            with the whole ``[N * O, N * I]`` and ``dense()``, and no blocks.
+        create_graph: Make products differentiable by inputs, parameters and vectors; all samples
+            are then recorded together.
+        max_memory: As for ``jacobian``: for what is recorded and for blocks, beside what is
+            returned. If not all samples fit, the forward runs again for every product, a chunk of
+            samples at a time.
+
+    Returns:
+        A map ``A`` of ``shape [N, O, I]``, O outputs and I inputs of a sample (with
+        ``wrt="parameters"`` I of them that all samples share):
+
+        - ``A @ v``: v ``[N, *in]`` nested as the inputs (parameters: ``{name: [*p]}``, one for all
+          samples) gives ``[N, *out]``. With one axis more at the end, ``[N, *in, K]``, v is K
+          columns and so is what comes out.
+        - ``A.T @ u``: u ``[N, *out]`` gives ``[N, *in]``; toward parameters their sum over samples,
+          which is the transpose of that.
+        - ``A[:, c]``, ``A[r]``, ``A[rows, cols]``: columns, rows, blocks, dense; by flat indices.
+        - ``B @ A``: the composition, where A gives what B takes.
+        - ``norm()``, ``gram()``, ``diag()``, ``trace()``, ``svd(k)`` of every sample's block;
+          toward parameters ``norm()`` and ``gram()`` go layer by layer, and no row is formed that
+          is not needed; ``gram(across=True)`` is the empirical tangent kernel ``[N, O, N, O]``.
+        - ``dense()``, as ``jacobian`` gives it, and ``matrix()``, ``[N, O, I]``.
+        - ``to_scipy()``, ``to_sparse()``, ``close()``; ``with`` closes too.
+
+    Raises:
+        InputError: Vectors of another nesting or shape, or a question without an answer.
+        InputTypeError: Vectors of another dtype or device.
+        StateError: The operator was closed.
+        Others as for ``jacobian``.
+
+    Cost:
+        One forward, kept until the operator is closed or freed: its saved activations are what it
+        holds. ``A.T @ u``: one backward; ``A @ v``: one forward of tangents, two backward passes
+        where a node has no forward rule; the first product on a graph one to three backward passes
+        more, to compare. Parameters and buffers must not change meanwhile: autograd refuses values
+        that were overwritten.
+
+    Source:
+        Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapter 3: products without
+        the matrix.
+
+    Example:
+        >>> import torch, batchjac
+        >>> model = torch.nn.Linear(3, 2)
+        >>> A = batchjac.operator(model, torch.randn(5, 3))
+        >>> v = torch.randn(5, 3)
+        >>> torch.allclose(A @ v, v @ model.weight.T, atol=1e-6)
+        True
+        >>> P = batchjac.operator(model, torch.randn(5, 3), wrt="parameters")
+        >>> P.shape, P.gram(across=True).shape
+        (torch.Size([5, 2, 8]), torch.Size([5, 2, 5, 2]))
+    """
     problem = pose(
         f, inputs, wrt=wrt, of=of, outputs=outputs, mode="auto", coupling=coupling,
         create_graph=create_graph, batched=batched,

@@ -23,7 +23,7 @@ from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import BatchjacError, UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, hold, let_go
-from batchjac.job import Goal, Job, jobs, need
+from batchjac.job import Job, jobs, need
 from batchjac.plain import unrounded
 from batchjac.problem import Problem
 from batchjac.state import untouched
@@ -71,58 +71,133 @@ class Recording:
 
     def pull(self, cotangents: Blocks) -> list[Block]:
         """Rows ``[K, N, *out]``, one block for each output, to every target: ``Jᵀ u``."""
-        rows = max(b.rows for b in cotangents)
-        if rows == 1 and self.problem.coupling != "frozen":
-            return self._one_row(cotangents)
+        if not self.by_engine:
+            one = cotangents[0].rows == 1 and self.problem.coupling != "frozen"
+            found = self._one_row(cotangents) if one else self._all_rows(cotangents)
+            if found is not None:
+                return found
+        return self._combined(cotangents)
+
+    def _all_rows(self, cotangents: Blocks) -> list[Block] | None:
+        """Walked from each output; None where that was found to be wrong."""
         total: list[Block | None] = [None] * len(self.targets)
         for job, block in zip(self.work, cotangents, strict=True):
-            if job.root is None:
-                continue
-            found = self._rows(job, block)
+            found = self._trusted_rows(job, block) if job.root is not None else total
+            if found is None:
+                return None
             for k, part in enumerate(found):
                 before = total[k]
-                total[k] = part if before is None or part is None else before.plus(part)
-                total[k] = total[k] or before
-        return [
-            b or _zeros(t, rows) for b, t in zip(total, self.targets, strict=True)
-        ]
+                if part is not None and part is not before:
+                    total[k] = part if before is None else before.plus(part)
+        rows = cotangents[0].rows
+        return [b or _zeros(t, rows) for b, t in zip(total, self.targets, strict=True)]
 
-    def _one_row(self, cotangents: Blocks) -> list[Block]:
-        """One row through autograd's own engine, from all outputs together."""
-        pairs = [
-            (job.y, block.full()[0])
-            for job, block in zip(self.work, cotangents, strict=True)
-            if job.y.requires_grad
-        ]
-        found: Sequence[Tensor | None] = [None] * len(self.targets)
-        if pairs:
-            edges = [_edge(t) for t in self.targets]
-            with torch.enable_grad():
-                total = torch.stack([(y * c).sum().to(pairs[0][0].dtype) for y, c in pairs]).sum()
-            found = torch.autograd.grad(
-                total, edges, retain_graph=True, create_graph=self.problem.create_graph,
-                allow_unused=True,
-            )  # fmt: skip
+    def _one_row(self, cotangents: Blocks) -> list[Block] | None:
+        """One row through autograd's own engine, from all outputs together.
+
+        None where it is not linear in the cotangents: a hook or a Function that clips gradients has
+        rows, by definition those of the identity, but no products.
+        """
+        rows = [block.full()[0] for block in cotangents]
+        found = self._engine(rows, self.problem.create_graph)
+        if not all(verify.trusted(job, "linear") for job in self.work):
+            generator = torch.Generator().manual_seed(3)
+            more = [torch.randn(c.shape, generator=generator, dtype=torch.float64).to(c)
+                    for c in rows]  # fmt: skip
+            other, both = (
+                self._engine(given, False)
+                for given in (more, [a.detach() + b for a, b in zip(rows, more, strict=True)])
+            )
+            most = max(verify.tolerance(job) for job in self.work)
+            for one, two, sum_of in zip(found, other, both, strict=True):
+                if one is not None and two is not None and sum_of is not None:
+                    size = one.detach().abs() + two.abs()
+                    off = (one.detach() + two - sum_of).abs()
+                    if size.isfinite().all() and not (off <= most * _largest(size)).all():
+                        self._distrust("gradients are not linear in the cotangents")
+                        return None
+            for job in self.work:
+                verify.trust(job, "linear")
         return [
-            _zeros(t, 1) if g is None else Block(dense(g).unsqueeze(0), t.shape)
+            _zeros(t, 1) if g is None else Block(g.unsqueeze(0), t.shape)
             for g, t in zip(found, self.targets, strict=True)
         ]
 
-    def _rows(self, job: Job, block: Block) -> list[Block | None]:
-        """All rows of one output, walked; compared with autograd the first time."""
-        if not self.by_engine:
-            try:
-                found = self._walked(job, block)
-            except Exception as error:  # whatever a node raises: autograd's engine decides
-                if isinstance(error, BatchjacError) or is_out_of_memory(error):
-                    raise
-                self._distrust(f"the walk failed ({type(error).__name__}: {error})")
-            else:
-                if self._agrees(job, block, found):
-                    return found
-                self._distrust("the walk and autograd disagree on this function")
-        slots = engine_rows(job.y, [g.edge for g in job.goals], block, self.problem.create_graph)
-        return [slots.get(goal.slot) for goal in job.goals]
+    def _engine(self, cotangents: Sequence[Tensor], history: bool) -> list[Tensor | None]:
+        pairs = [
+            (job.y, c) for job, c in zip(self.work, cotangents, strict=True) if job.y.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(self.targets)
+        edges = [_edge(t) for t in self.targets]
+        with torch.enable_grad():
+            total = torch.stack([(y * c).sum().to(pairs[0][0].dtype) for y, c in pairs]).sum()
+        found = torch.autograd.grad(
+            total, edges, retain_graph=True, create_graph=history, allow_unused=True
+        )
+        return [g if g is None else dense(g) for g in found]
+
+    def _trusted_rows(self, job: Job, block: Block) -> list[Block | None] | None:
+        """All rows of one output, walked, and compared with autograd the first time."""
+        try:
+            found = self._walked(job, block)
+        except Exception as error:  # whatever a node raises: autograd's engine decides
+            if isinstance(error, BatchjacError) or is_out_of_memory(error):
+                raise
+            self._distrust(f"the walk failed ({type(error).__name__}: {error})")
+            return None
+        if self._agrees(job, block, found):
+            return found
+        self._distrust("the walk and autograd disagree on this function")
+        return None
+
+    def _identity(self, job: Job, across: bool) -> Iterator[tuple[int, list[Block | None]]]:
+        """All rows of the identity on one output, a few at a time: the first, and the blocks."""
+        n, width = job.y.shape[0], job.y[0].numel()
+        rows = n * width if across else width
+        for start in range(0, rows, self.at_once):
+            seeds = _identity(job.y, start, min(rows, start + self.at_once), across)
+            found = None if self.by_engine else self._trusted_rows(job, seeds)
+            if found is None:
+                edges, history = [g.edge for g in job.goals], self.problem.create_graph
+                slots = engine_rows(job.y, edges, seeds, history)
+                found = [slots.get(goal.slot) for goal in job.goals]
+            yield start, found
+
+    def _across(self, job: Job) -> bool:
+        """Whether samples have to go one at a time to be told apart.
+
+        What a hook does to a gradient may depend on all of it, so it sees one sample's at a time.
+        """
+        if not (self.by_engine or verify.trusted(job)):  # look before it is decided
+            self._trusted_rows(job, _identity(job.y, 0, min(2, job.y[0].numel()), False))
+        return (
+            self.by_engine
+            or self.problem.coupling == "full"
+            or not all(t.per_sample for t in self.targets)
+        )
+
+    def _combined(self, cotangents: Blocks) -> list[Block]:
+        """``sum_o u[n,o] J[n,o,i]``, each row of J made and dropped."""
+        count = cotangents[0].rows
+        total = [t.new_zeros(count, *t.shape[1:]) for t in
+                 (_zeros(t, 1).full() for t in self.targets)]  # fmt: skip
+        for job, block in zip(self.work, cotangents, strict=True):
+            if job.root is None:
+                continue
+            u, across = _flat(block), self._across(job)
+            for start, found in self._identity(job, across):
+                for k, part in enumerate(found):
+                    if part is None:
+                        continue
+                    rows = part.full()
+                    if across:
+                        w = u.flatten(1)[:, start : start + len(rows)].to(rows.dtype)
+                        total[k] = total[k] + torch.einsum("kr,r...->k...", w, rows)
+                    else:
+                        w = u[:, :, start : start + len(rows)].to(rows.dtype)
+                        total[k] = total[k] + torch.einsum("knr,rn...->kn...", w, rows)
+        return [Block(d, t.shape) for d, t in zip(total, self.targets, strict=True)]
 
     def _walked(self, job: Job, block: Block) -> list[Block | None]:
         assert job.root is not None
@@ -230,24 +305,22 @@ class Recording:
     def _by_rows(self, job: Job, columns: Blocks) -> Block:
         """``sum_i J[n,o,i] v[n,i]``, each row of J made and dropped."""
         shape = tuple(job.y.shape)
-        n, width = shape[0], job.y[0].numel()
-        across = any(t.shape[:1] != (n,) or not t.per_sample for t in self.targets)
-        across = across or self.problem.coupling == "full"
-        rows = n * width if across else width
-        found = job.y.new_zeros(columns[0].rows, n, width)
-        for start in range(0, rows, self.at_once):
-            stop = min(rows, start + self.at_once)
-            seeds = _identity(job.y, start, stop, across)
-            for goal, block, v in zip(job.goals, self._rows(job, seeds), columns, strict=True):
-                if block is None:
-                    continue
-                if across:
-                    part = block.full().flatten(1) @ v.full().flatten(1).T
-                    found.flatten(1)[:, start:stop] += part.T.to(found.dtype)
-                else:
-                    part = torch.einsum("rni,kni->knr", _flat(block, goal), _flat(v, goal))
-                    found[:, :, start:stop] += part.to(found.dtype)
-        return Block(found.reshape(-1, *shape), shape)
+        count, n = columns[0].rows, shape[0]
+        pieces, across = [], self._across(job)
+        for _, found in self._identity(job, across):
+            part = job.y.new_zeros(())
+            for block, v in zip(found, columns, strict=True):
+                if block is not None and across:
+                    part = part + block.full().flatten(1) @ v.full().flatten(1).T
+                elif block is not None:
+                    part = part + torch.einsum("rni,kni->rnk", _flat(block), _flat(v))
+            if part.dim() == 0:
+                return Block(_nothing(job.y, count), shape)
+            pieces.append(part.to(job.y.dtype))
+        whole = torch.cat(pieces)
+        if across:
+            return Block(whole.T.reshape(count, *shape), shape)
+        return Block(whole.permute(2, 1, 0).reshape(count, n, *shape[1:]), shape)
 
     def _transposed(self, job: Job, columns: Blocks, found: Block, way: str) -> bool:
         """Whether ``<u, J v> = <Jᵀ u, v>``, u random and v one random column of those pushed."""
@@ -314,6 +387,10 @@ def _nothing(y: Tensor, rows: int) -> Tensor:
     return y.new_zeros(()).expand(rows, *(1 for _ in y.shape))
 
 
+def _largest(data: Tensor) -> float:
+    return float(data.max()) if data.numel() else 0.0
+
+
 def _mixed(like: Tensor, weights: Tensor, block: Block) -> Tensor:
     """``sum_k w[k] block[k]``, dense, in the dtype of the block."""
     w = weights.to(like.device, block.data.dtype)
@@ -328,7 +405,7 @@ def _identity(y: Tensor, start: int, stop: int, across: bool) -> Block:
     return Block(data.reshape(stop - start, n if across else 1, *y.shape[1:]), tuple(y.shape))
 
 
-def _flat(block: Block, goal: Goal) -> Tensor:
+def _flat(block: Block) -> Tensor:
     """``[K, N, entries]``."""
     data = block.full()
     return data.flatten(2) if data.dim() > 2 else data.unsqueeze(2)

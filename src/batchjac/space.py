@@ -4,6 +4,7 @@ Inside, one tensor is a ``Block`` of columns, ``[K, *shape]``. Outside it is the
 with many columns ``[*shape, K]``, as in a matrix product.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.errors import InputError, InputTypeError
+from batchjac.state import normal
 from batchjac.tree import Tree, flatten
 
 
@@ -63,6 +65,11 @@ class Space:
         return any(a.shared for a in self.leaves)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The widest."""
+        return functools.reduce(torch.promote_types, (a.dtype for a in self.leaves))
+
+    @property
     def words(self) -> str:
         """The axes, for people."""
         return " + ".join(f"{a.path.lstrip('.') or ''}{list(a.shape)}" for a in self.leaves)
@@ -93,7 +100,7 @@ class Space:
         many = bool(extra[0])
         return [
             Block(leaf.movedim(-1, 0) if many else leaf.unsqueeze(0), axes.shape)
-            for axes, leaf in pairs
+            for axes, leaf in ((a, normal(t)) for a, t in pairs)
         ], many
 
     def nest(self, blocks: Sequence[Block], many: bool) -> Any:

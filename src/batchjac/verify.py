@@ -193,7 +193,7 @@ def _contracted(job: Job, goal: Goal, sink: Sink, weights: Tensor) -> Tensor:
 def tolerance(job: Job) -> float:
     """The error, as a share of the largest entry, that rounding in this graph explains."""
     dtypes = {m.dtype for step in job.graph.steps for m in step.outputs}
-    return max(_ROOT_EPS.get(d, 1e-3) for d in dtypes)
+    return max((_ROOT_EPS.get(d, 1e-3) for d in dtypes), default=1e-3)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

@@ -130,7 +130,8 @@ def _apart(step: Step, blocks: Blocks, at: SampleAxis) -> Any:
     tokens for instance, are the positions.
     """
     product = _product(step)
-    if len(product.out) != 2 or only(blocks).data.is_complex():
+    plain = len(product.out) == len(product.factors) == 2
+    if not plain or only(blocks).data.is_complex():
         return _per_sample(step, blocks, at)
     c, g = _added(step, product, only(blocks))
     edges = step.edges

@@ -93,9 +93,7 @@ def rule(
         for name in names:
             if name in _RULES:
                 raise ValueError(f"a rule for {name} is registered already")
-            _RULES[name] = Rule(
-                name, reverse, samples, per_sample, gather, fresh, factors, carry
-            )
+            _RULES[name] = Rule(name, reverse, samples, per_sample, gather, fresh, factors, carry)
         return reverse
 
     return register
