@@ -7,6 +7,7 @@ to every inner product is added, and the layer dropped.
 
 import contextlib
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +26,11 @@ from batchjac.graph import Graph, Slot, prune
 from batchjac.recording import Recording
 from batchjac.samples import SHARED, Place
 
+log = logging.getLogger("batchjac")
+
 # Entries of an intermediate tensor of a layer, at most: 64 MiB in float32. Smaller where the budget
 # is: that many parts of it.
-_MOST, _PART = 1 << 24, 12
+_MOST, _LEAST, _PART = 1 << 24, 1 << 14, 12
 
 
 @dataclass
@@ -194,7 +197,10 @@ class Factors:
             walk(self.graph, starts, recording.work[0].kernels, self.places, consume=consume)
         except NotPerSample:
             return False
-        return weights is None or self._agree(seeds, weights, sums)
+        if weights is None or self._agree(seeds, weights, sums):
+            return True
+        log.warning("factors and autograd disagree on this function: rows are formed")
+        return False
 
     def _agree(self, seeds: Sequence[Block], weights: Tensor, sums: Mapping[Slot, Tensor]) -> bool:
         """Whether the weighted sum of all rows is one backward of autograd's engine."""
@@ -245,7 +251,7 @@ def products(kind: type[Products], rows: int, recording: Recording, room: int) -
     wide = functools.reduce(torch.promote_types, (t.dtype for t in recording.targets))
     half = wide in (torch.float16, torch.bfloat16)
     total = torch.zeros(shape, dtype=torch.float32 if half else wide, device=y.device)
-    most = max(1 << 14, min(_MOST, room // (_PART * y.element_size())))
+    most = max(_LEAST, min(_MOST, room // (_PART * y.element_size())))
     return kind(rows, n, most, total)
 
 

@@ -18,6 +18,7 @@ from batchjac import exports, measures
 from batchjac.block import Block
 from batchjac.errors import InputError, InputTypeError, SelectionError, UnsupportedError
 from batchjac.measures import Leading
+from batchjac.recording import in_turns
 from batchjac.space import Space
 
 Blocks = Sequence[Block]
@@ -90,20 +91,12 @@ class LinearMap(ABC):
         self, go: Callable[[Blocks], list[Block]], blocks: Blocks, into: Space
     ) -> list[Block]:
         """``go`` on as many columns at a time as there is room for."""
-        count, step = blocks[0].rows, self.at_once
-        if count == 0:
-            return [Block(torch.zeros(0, *a.shape, dtype=a.dtype, device=a.device), a.shape)
-                    for a in into.leaves]  # fmt: skip
-        if count <= step:
-            return list(go(blocks))
-        parts = [
-            go([b.with_data(b.data[start : start + step]) for b in blocks])
-            for start in range(0, count, step)
-        ]
-        return [
-            column[0].with_data(torch.cat([b.full() for b in column]))
-            for column in zip(*parts, strict=True)
-        ]
+        if blocks[0].rows == 0:
+            return [
+                Block(torch.zeros(0, *a.shape, dtype=a.dtype, device=a.device), a.shape)
+                for a in into.leaves
+            ]
+        return in_turns(go, blocks, self.at_once)
 
     def rows(self, entries: Sequence[int]) -> Tensor:
         """Rows of every sample's block, ``[N, len(entries), I]``."""

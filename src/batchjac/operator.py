@@ -19,6 +19,7 @@ from batchjac.seeds import seeds
 from batchjac.solve import solve
 from batchjac.space import Axes, Space, space
 
+_BESIDE = 8  # of what is allowed, one part in so many for columns that wait to be measured
 _CLOSED = "this operator was closed; make another with batchjac.operator"
 
 
@@ -87,9 +88,9 @@ class Jacobian(LinearMap):
 
     @property
     def at_once(self) -> int:
-        if self._kept is not None:
-            return self._kept.at_once
-        return 1 if self.chunk < self.samples else 1 << 20
+        own = sum(a.width * (1 if a.shared else self.samples) for a in self.inputs.leaves)
+        column = (own + self.samples * self.outputs.width) * self.inputs.dtype.itemsize
+        return max(1, self._allowed // (_BESIDE * column))
 
     def push(self, columns: Blocks) -> list[Block]:
         parts = []
@@ -216,9 +217,9 @@ class Jacobian(LinearMap):
 
     def __del__(self) -> None:
         # a very deep graph overflows the stack unless it is taken apart from its outputs down
-        if getattr(self, "_kept", None) is not None and self._kept is not None:
-            if self._kept.roots:
-                self._kept.close()
+        kept: Recording | None = getattr(self, "_kept", None)
+        if kept is not None and kept.roots:
+            kept.close()
 
     def __enter__(self) -> "Jacobian":
         return self

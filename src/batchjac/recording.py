@@ -21,7 +21,7 @@ from batchjac.engines.forward import NoForwardRule, forward_ready, tangents
 from batchjac.engines.rows import pull
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels
-from batchjac.errors import BatchjacError, UnsupportedError, is_out_of_memory
+from batchjac.errors import BatchjacError, StateError, UnsupportedError, is_out_of_memory
 from batchjac.graph import DEEP, hold, let_go
 from batchjac.job import Job, jobs, need
 from batchjac.plain import unrounded
@@ -61,16 +61,29 @@ class Recording:
     def at_once(self) -> int:
         """How many rows or columns go together: as many as there is room for."""
         count = self.captured.samples
-        return memory.chunk(self.need, count, 1 << 20, self.room, 0, whole=True).rows
+        fitting = (self.room // count - self.need.saved) // self.need.live
+        return max(1, min(fitting, memory.BLOCK // (count * self.need.widest)))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The function's flags as in its forward, for what its graph may run again."""
         with untouched(self.problem.module), again(self.problem, self.captured), unrounded():
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise StateError(
+                    "a parameter, buffer or input was overwritten since the forward was recorded, "
+                    f"and its old value is gone ({str(error).split('; expected')[0]}); call "
+                    "batchjac.operator again"
+                ) from error
 
     def pull(self, cotangents: Blocks) -> list[Block]:
         """Rows ``[K, N, *out]``, one block for each output, to every target: ``Jᵀ u``."""
+        return in_turns(self._pull, cotangents, self.at_once)
+
+    def _pull(self, cotangents: Blocks) -> list[Block]:
         if not self.by_engine:
             one = cotangents[0].rows == 1 and self.problem.coupling != "frozen"
             found = self._one_row(cotangents) if one else self._all_rows(cotangents)
@@ -237,7 +250,9 @@ class Recording:
 
     def push(self, columns: Blocks) -> list[Block]:
         """Columns ``[K, N, *in]``, one block for each target, to every output: ``J v``."""
-        return [self._pushed(job, columns) for job in self.work]
+        return in_turns(
+            lambda some: [self._pushed(job, some) for job in self.work], columns, self.at_once
+        )
 
     def _pushed(self, job: Job, columns: Blocks) -> Block:
         if job.root is None:
@@ -371,6 +386,20 @@ def record(problem: Problem, samples: slice, room: int) -> Recording:
     if found.by_engine and problem.coupling == "frozen":
         found._distrust("this function hooks gradients")
     return found
+
+
+def in_turns(go: Callable[[Blocks], list[Block]], blocks: Blocks, step: int) -> list[Block]:
+    """``go`` on so many columns at a time."""
+    if blocks[0].rows <= step:
+        return go(blocks)
+    parts = [
+        go([b.with_data(b.data[start : start + step]) for b in blocks])
+        for start in range(0, blocks[0].rows, step)
+    ]
+    return [
+        column[0].with_data(torch.cat([b.full() for b in column]))
+        for column in zip(*parts, strict=True)
+    ]
 
 
 def _edge(target: Target) -> GradientEdge:
