@@ -180,7 +180,7 @@ def test_a_layer_is_gone_before_the_next_one_comes(monkeypatch: pytest.MonkeyPat
     assert order == [8, 7, 6, 5, 4]
 
 
-@pytest.mark.parametrize("budget", [60_000, 100_000, 250_000, 1_000_000])
+@pytest.mark.parametrize("budget", [110_000, 160_000, 300_000, 2_000_000])
 def test_parts_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples and rows at a time, and every pair of parts once."""
     f = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 6))
@@ -194,8 +194,8 @@ def test_parts_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(gram, "_one", one)
     check(f, x, max_memory=budget)
-    most = max(n * v for n, v in seen)
-    assert (most < 42) == (budget < 250_000)
+    fewest = min(n * v for n, v in seen)
+    assert (fewest < 42) == (budget < 200_000), seen
 
 
 def test_too_little_memory_says_so() -> None:
@@ -209,7 +209,7 @@ def test_too_little_memory_says_so() -> None:
 
 
 def test_where_the_samples_are_lost_rows_are_formed() -> None:
-    """No rule says where the samples are behind erfcx, so nobody knows whose gradient is whose."""
+    """No rule says where the samples are behind polygamma, so nobody knows whose gradient is whose."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -217,7 +217,7 @@ def test_where_the_samples_are_lost_rows_are_formed() -> None:
             self.first, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.head(torch.special.erfcx(self.first(x)))
+            y: Tensor = self.head(torch.polygamma(1, 1 + self.first(x) ** 2))
             return y
 
     f, x = Odd(), torch.randn(4, 5)
@@ -273,9 +273,7 @@ def test_several_outputs_of_one_function() -> None:
     a, j = batchjac.operator(f, x, wrt="parameters"), batchjac.jacobian(f, x, wrt="parameters")
     names = [n for n, _ in f.named_parameters()]
     blocks = [(j["a"], 2), (j["b"][0], 3), (j["b"][1], 1)]
-    rows = torch.cat(
-        [torch.cat([b[n].reshape(4, o, -1) for n in names], 2) for b, o in blocks], 1
-    )
+    rows = torch.cat([torch.cat([b[n].reshape(4, o, -1) for n in names], 2) for b, o in blocks], 1)
     close(a.gram(across=True), torch.einsum("nop,mqp->nomq", rows, rows))
     close(a.gram(), rows @ rows.mT)
 
@@ -297,6 +295,7 @@ def test_add_products_fills_the_upper_half() -> None:
 
 def test_factored_rows_add_up_with_formed_ones() -> None:
     """Law: ``block()`` is the sum of all that was taken."""
+
     def one(order: bool = False) -> Factored:
         pair = Pair(torch.randn(2, 3, 1, 4, 5), torch.randn(3, 1, 6, 5), 1)
         return Factored((pair,), (6, 4) if order else (4, 6), order)

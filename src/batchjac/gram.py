@@ -20,7 +20,7 @@ from batchjac import factors, memory, verify
 from batchjac.block import Block
 from batchjac.engines.rows import in_engine_order, pull
 from batchjac.engines.sweep import NotPerSample, per_sample_ready, walk
-from batchjac.errors import BudgetError
+from batchjac.errors import BatchjacError, BudgetError, is_out_of_memory
 from batchjac.factors import Factored
 from batchjac.graph import Graph, Slot, prune
 from batchjac.recording import Recording
@@ -144,22 +144,6 @@ class Factors:
         )
         return known and per_sample_ready(self.graph, self.places)
 
-    @property
-    def need(self) -> memory.Need:
-        """Bytes for each sample; rows of parameters are not there."""
-        steps = tuple(
-            replace(
-                step,
-                edges=tuple(
-                    None if e is None or self.places.get((e.node, e.slot)) is SHARED else e
-                    for e in step.edges
-                ),
-            )
-            for step in self.graph.steps
-            if self.places.get((step.node, 0)) is not SHARED
-        )
-        return memory.need([Graph(steps, frozenset())], self.recording.captured.samples)
-
     def add(self, seeds: Sequence[Block], products: Products) -> bool:
         """Add what rows ``[V, N, *out]`` of each output give; False where that cannot be trusted.
 
@@ -173,15 +157,18 @@ class Factors:
         }
         compare = not all(verify.trusted(job, "factored") for job in recording.work)
         compare = compare and recording.problem.coupling != "frozen"
-        weights = _weights(products) if compare else None
-        sums: dict[Slot, Tensor] = {}
+        expected = self._expected(seeds, _weights(products)) if compare else {}
+        wrong: list[Slot] = []
 
         def consume(slot: Slot, arrived: Block | Factored) -> None:
             if isinstance(arrived, Factored) and arrived.rest is not None:
                 arrived = arrived.block()
             apart = own[slot].per_sample
-            if weights is not None:
-                sums[slot] = _weighted(arrived, weights, apart)
+            if slot in expected:
+                ours = _weighted(arrived, _weights(products), apart)
+                theirs = expected.pop(slot)
+                if not verify.near(ours.reshape(theirs.shape), theirs, self._tolerance):
+                    wrong.append(slot)
             if isinstance(arrived, Factored):
                 products.factored(arrived)
                 return
@@ -197,35 +184,36 @@ class Factors:
             walk(self.graph, starts, recording.work[0].kernels, self.places, consume=consume)
         except NotPerSample:
             return False
-        if weights is None or self._agree(seeds, weights, sums):
-            return True
-        log.warning("factors and autograd disagree on this function: rows are formed")
-        return False
+        except Exception as error:  # whatever a node raises: rows and autograd decide
+            if isinstance(error, BatchjacError) or is_out_of_memory(error):
+                raise
+            log.warning("the walk failed (%s: %s): rows are formed", type(error).__name__, error)
+            return False
+        if wrong or any(theirs.any() for theirs in expected.values()):
+            log.warning("factors and autograd disagree on this function: rows are formed")
+            return False
+        if compare:
+            for job in recording.work:
+                verify.trust(job, "factored")
+        return True
 
-    def _agree(self, seeds: Sequence[Block], weights: Tensor, sums: Mapping[Slot, Tensor]) -> bool:
-        """Whether the weighted sum of all rows is one backward of autograd's engine."""
-        recording = self.recording
-        edges = [goal.edge for goal in recording.work[0].goals]
-        expected: list[Tensor | None] = [None] * len(edges)
-        for job, block in zip(recording.work, seeds, strict=True):
+    @property
+    def _tolerance(self) -> float:
+        return max(verify.tolerance(job) for job in self.recording.work)
+
+    def _expected(self, seeds: Sequence[Block], weights: Tensor) -> dict[Slot, Tensor]:
+        """The weighted sum of all rows toward each target: one backward of autograd's engine."""
+        goals = self.recording.work[0].goals
+        found: dict[Slot, Tensor] = {}
+        for job, block in zip(self.recording.work, seeds, strict=True):
             if job.root is None:
                 continue
             w = weights.to(job.y.device, job.y.dtype)
             cotangent = torch.einsum("vn,vn...->n...", w, block.full())
-            for k, g in enumerate(pull(job.y, edges, cotangent)):
-                before = expected[k]
-                expected[k] = g if before is None else before if g is None else before + g
-        most = max(verify.tolerance(job) for job in recording.work)
-        for goal, theirs in zip(recording.work[0].goals, expected, strict=True):
-            ours = sums.get(goal.slot)
-            if ours is None or theirs is None:
-                if theirs is not None and theirs.any():
-                    return False
-            elif not verify.near(ours.reshape(theirs.shape), theirs, most):
-                return False
-        for job in recording.work:
-            verify.trust(job, "factored")
-        return True
+            for goal, g in zip(goals, pull(job.y, [g.edge for g in goals], cotangent), strict=True):
+                if g is not None:
+                    found[goal.slot] = found[goal.slot] + g if goal.slot in found else g
+        return found
 
 
 def _weights(products: Products) -> Tensor:
@@ -266,6 +254,8 @@ class Source:
     whole: bool  # samples must come together
     record: Callable[[Sequence[int]], Recording]  # of these samples
     rows: Callable[[Recording, Sequence[int], Sequence[int]], list[Block]]  # which, of whom
+    heap: memory.Heap
+    compared: int  # bytes of the gradients of one row, the largest twice more
 
 
 def total(kind: type[Products], source: Source) -> Tensor | None:
@@ -281,7 +271,7 @@ def total(kind: type[Products], source: Source) -> Tensor | None:
         held = Factors(first)
         if not held.ready:
             return None
-        samples, rows = _plan(source, held.need, room, 2 if kind is Across and n > 1 else 1)
+        samples, rows = _plan(source, first.need, room, 2 if kind is Across and n > 1 else 1)
     shape = {Norms: (n, v), Within: (n, v, v), Across: (n, v, n, v)}[kind]
     found: Tensor | None = None  # float32 at least, as it was added up
     for some in _parts(n, samples, kind is Across):
@@ -294,6 +284,8 @@ def total(kind: type[Products], source: Source) -> Tensor | None:
                 if found is None:
                     found = part.new_empty(shape)
                 _place(kind, found, part, some, entries)
+                del part
+                source.heap.wrote(0)
     return found
 
 
@@ -328,7 +320,8 @@ def _place(
 def _plan(source: Source, need: memory.Need, room: int, least: int) -> tuple[int, int]:
     """How many samples and rows go at a time, ``least`` samples: all rows before all samples."""
     n, v = source.samples, source.width
-    usable = memory.spare(room, 0) * 3 // 4  # the rest for a layer's intermediate tensors
+    # a quarter for a layer's intermediate tensors; gradients are compared the first time
+    usable = memory.spare(room, 0) * 3 // 4 - source.compared
     kept = (usable - n * need.saved) // (n * need.live)
     if source.kept is not None and kept >= v:
         return n, v

@@ -1,5 +1,6 @@
 """The lazy Jacobian: products from one recorded forward, and what follows from them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,9 @@ class Jacobian(LinearMap):
         tensors = [t for t in problem.tree.leaves if isinstance(t, Tensor)]
         self._allowed = memory.budget(max_memory, tensors[0].device)
         self._samples = problem.samples
+        self._heap = memory.Heap()
+        self._heap.allow(self._allowed)
+        self._room = memory.spare(self._allowed, 0) * (_BESIDE - 2) // _BESIDE
         self._kept: Recording | None = None
         self._closed = False
         few = self.samples
@@ -61,17 +65,17 @@ class Jacobian(LinearMap):
         return self._samples
 
     def _record(self, samples: slice) -> Recording:
-        return record(self.problem, samples, memory.spare(self._allowed, 0))
+        return record(self.problem, samples, self._room)
 
     def _fitting(self, first: Recording) -> int:
         """How many samples one forward takes: all, if they fit beside one row."""
         n, need = self.samples, first.need
-        fits = memory.spare(self._allowed, 0) // (need.saved + need.live)
+        fits = self._room // (need.saved + need.live)
         if fits >= n:
             return n
         whole = self.problem.coupling != "error" or self.problem.create_graph
         if whole or fits < 1:  # says what would do
-            memory.chunk(need, n if whole else 1, 1, self._allowed, 0, whole=True)
+            memory.chunk(need, n if whole else 1, 1, self._room, 0, whole=True)
         return int(min(n, fits))
 
     def recordings(self) -> Iterator[Recording]:
@@ -85,6 +89,7 @@ class Jacobian(LinearMap):
             part = self._record(slice(start, min(self.samples, start + self.chunk)))
             yield part
             part.close()
+            self._heap.wrote(0)
 
     @property
     def at_once(self) -> int:
@@ -101,6 +106,7 @@ class Jacobian(LinearMap):
             ]
             with recording.running():
                 found = recording.push(into)
+            self._heap.wrote(0)
             parts.append(self._selected(recording, found))
         return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
                                                         self.outputs.leaves, strict=True)]  # fmt: skip
@@ -111,6 +117,7 @@ class Jacobian(LinearMap):
             into = self._spread(recording, [_of(b, recording.samples) for b in rows])
             with recording.running():
                 parts.append(recording.pull(into))
+            self._heap.wrote(0)
         return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
                                                         self.inputs.leaves, strict=True)]  # fmt: skip
 
@@ -183,7 +190,11 @@ class Jacobian(LinearMap):
             return self._spread(recording, [_only(b, samples) for b in own])
 
         whole = self.problem.coupling != "error" or self.problem.create_graph
-        source = Source(self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded)
+        sizes = [math.prod(a.shape) * a.dtype.itemsize for a in self.inputs.leaves if a.shared]
+        source = Source(
+            self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded, self._heap,
+            sum(sizes) + 2 * max(sizes),
+        )  # fmt: skip
         return total(kind, source)
 
     def _apart(self, samples: Sequence[int]) -> Recording:
@@ -197,7 +208,7 @@ class Jacobian(LinearMap):
             self.problem, tree=replace(tree, leaves=leaves), inputs=tree.build(leaves),
             samples=len(index), outputs=outputs,
         )  # fmt: skip
-        return record(some, slice(0, len(index)), memory.spare(self._allowed, 0))
+        return record(some, slice(0, len(index)), self._room)
 
     def refuse_coupled(self) -> None:
         if self.problem.coupling == "full":

@@ -7,8 +7,9 @@ tangents with the law. What does not agree goes another way, which is slower and
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from batchjac.engines.rows import pull
 from batchjac.engines.rows import rows as engine_rows
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import BatchjacError, StateError, UnsupportedError, is_out_of_memory
-from batchjac.graph import DEEP, hold, let_go
-from batchjac.job import Job, jobs, need
+from batchjac.graph import DEEP, Edge, Slot, hold, let_go
+from batchjac.job import Job, jobs
 from batchjac.plain import unrounded
 from batchjac.problem import Problem
+from batchjac.samples import SHARED, Place
 from batchjac.state import untouched
 
 log = logging.getLogger("batchjac")
@@ -47,7 +49,7 @@ class Recording:
     roots: list[torch.autograd.graph.Node] = field(init=False)  # if there are very many below them
 
     def __post_init__(self) -> None:
-        self.need = need(self.work, self.captured.samples)
+        self.need = _need(self.work, self.captured.samples)
         deep = self.captured.nodes > DEEP
         ys = self.captured.outputs.values() if deep else ()
         self.roots = [y.grad_fn for y in ys if y.grad_fn is not None]
@@ -60,8 +62,10 @@ class Recording:
     @property
     def at_once(self) -> int:
         """How many rows or columns go together: as many as there is room for."""
-        count = self.captured.samples
-        fitting = (self.room // count - self.need.saved) // self.need.live
+        count, targets = self.captured.samples, self.targets
+        shared = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets if not t.per_sample)
+        row = count * self.need.live + math.ceil(memory.WALK * shared)
+        fitting = (self.room - count * self.need.saved) // row
         return max(1, min(fitting, memory.BLOCK // (count * self.need.widest)))
 
     @contextlib.contextmanager
@@ -386,6 +390,25 @@ def record(problem: Problem, samples: slice, room: int) -> Recording:
     if found.by_engine and problem.coupling == "frozen":
         found._distrust("this function hooks gradients")
     return found
+
+
+def _need(work: Sequence[Job], samples: int) -> memory.Need:
+    """Bytes for each sample, without rows toward what samples share, which count once."""
+    graphs = []
+    for job in work:
+        if job.root is not None:
+            places = job.proof.places
+            steps = tuple(
+                replace(step, edges=tuple(e if _own(e, places) else None for e in step.edges))
+                for step in job.graph.steps
+                if places.get((step.node, 0)) is not SHARED
+            )
+            graphs.append(replace(job.graph, steps=steps))
+    return memory.need(graphs, samples)
+
+
+def _own(edge: Edge | None, places: Mapping[Slot, Place]) -> bool:
+    return edge is not None and places.get((edge.node, edge.slot)) is not SHARED
 
 
 def in_turns(go: Callable[[Blocks], list[Block]], blocks: Blocks, step: int) -> list[Block]:

@@ -34,14 +34,14 @@ def _owner(problem: Problem) -> Any:
     return problem.function if problem.module is None else problem.module
 
 
-def signature(job: Job) -> int:
+def signature(job: Job, way: str = "") -> int:
     """What a graph is made of and how it is walked, whatever the number of samples.
 
-    The ways are those of this graph's nodes alone: a later chunk knows those of other outputs too.
+    A ``way`` other than the plain walk has the same answer before it was gone and after. The ways are those of this graph's nodes alone: a later chunk knows those of other outputs too.
     What samples share is computed by other rules with one sample, or with each sample by itself.
     """
     index = {step.node: k for k, step in enumerate(job.graph.steps)}
-    ways = job.kernels.ways
+    ways = {} if way else job.kernels.ways
     steps: list[Any] = []  # flat: one tuple for each of thousands of nodes costs more than this
     for s in job.graph.steps:
         steps += (s.name, s.outputs[0].dtype, len(s.shape), ways.get(s.name), len(s.edges))
@@ -51,7 +51,7 @@ def signature(job: Job) -> int:
     apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
     how = (routes, job.singly is not None, apart, job.problem.coupling, job.problem.create_graph)
-    return hash((tuple(steps), goals, how))
+    return hash((tuple(steps), goals, how, way))
 
 
 def vmap_agrees(problem: Problem) -> bool:
@@ -103,7 +103,7 @@ def _looked_at(captured: Capture) -> list[Tensor]:
 def trusted(job: Job, way: str = "") -> bool:
     """Whether this function's graph has been compared before, gone through in this way."""
     try:
-        return hash((signature(job), way)) in _trusted.get(_owner(job.problem), set())
+        return signature(job, way) in _trusted.get(_owner(job.problem), set())
     except TypeError:  # the function cannot be referred to weakly
         return False
 
@@ -111,7 +111,7 @@ def trusted(job: Job, way: str = "") -> bool:
 def trust(job: Job, way: str = "") -> None:
     """Remember that this function's graph was compared, or found to need the engine."""
     with contextlib.suppress(TypeError):
-        _trusted.setdefault(_owner(job.problem), set()).add(hash((signature(job), way)))
+        _trusted.setdefault(_owner(job.problem), set()).add(signature(job, way))
 
 
 @unrounded()

@@ -1,0 +1,68 @@
+"""Peak memory of an operator's figures: ``python -m tests.peak_operator across 128 512``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchjac
+from batchjac.errors import BatchjacError
+from tests.peak import level, small_conv, status
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(),
+                         nn.Linear(2048, 10))  # fmt: skip
+
+
+Ask = Callable[[Any], Tensor]
+CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str | None, Ask]] = {
+    "across": (small_conv, (96, 1, 28, 28), "parameters", lambda a: a.gram(across=True)),
+    "within": (small_conv, (256, 1, 28, 28), "parameters", lambda a: a.gram()),
+    "norm": (wide, (256, 256), "parameters", lambda a: a.norm()),
+    "wide": (wide, (64, 256), "parameters", lambda a: a.gram(across=True)),
+    "inputs": (small_conv, (512, 1, 28, 28), None, lambda a: a.gram()),
+    "products": (small_conv, (512, 1, 28, 28), None, lambda a: a.T @ torch.ones(a.samples, 10)),
+}
+
+
+def measure(name: str, budget: int) -> dict[str, Any]:
+    """Bytes above the level after a warm-up on two samples, of the operator and what it gives."""
+    torch.manual_seed(0)
+    model, shape, wrt, ask = CALLS[name]
+    f, x = model(), torch.randn(shape)
+    ask(batchjac.operator(f, x[:2], wrt=wrt))
+    before = level()
+    found = ask(batchjac.operator(f, x, wrt=wrt, max_memory=budget))
+    return {"peak": status("VmHWM") - before, "result": found.nbytes,
+            "rows": len(x) * 10 * sum(p.numel() for p in f.parameters()) * 4}  # fmt: skip
+
+
+def in_child(name: str, budget: int) -> dict[str, Any]:
+    """``measure`` in a process that did nothing before."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = measure(name, budget)
+        except BatchjacError as error:
+            said = {"error": str(error)}
+        os.write(writer, json.dumps(said).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    _, code = os.waitpid(child, 0)
+    return json.loads(text) if text else {"error": f"the process ended with {code}"}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for mebibytes in sys.argv[2:]:
+        print(json.dumps(in_child(sys.argv[1], int(mebibytes) << 20)), flush=True)
