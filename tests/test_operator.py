@@ -1,4 +1,4 @@
-"""``batchjac.operator``: products, blocks, figures and other libraries' forms of the lazy Jacobian."""
+"""``batchjac.operator``: products, blocks, figures, and the forms of other libraries."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_parameters_that_changed_are_noticed() -> None:
     with torch.no_grad():
         f[2].weight.mul_(2)
     for act in (lambda: a @ batch(), lambda: a.T @ batch(4), a.norm):
-        with pytest.raises(StateError, match="batchjac.operator again"):
+        with pytest.raises(StateError, match="overwritten since"):
             act()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import batchjac
 from tests.test_laws import PLAIN, agree, drawn, evaluate, flat_jacobian, flat_value
 from tests.zoo import Case, seeded
-from tests.zoo.rowloop import differentiable, leaves, tree_map
+from tests.zoo.rowloop import differentiable, leaves
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
 # Sums of what is infinite say nothing.

@@ -60,6 +60,7 @@ ORDER = (
     "recompute",
     "planning",
     "api",
+    "pulling",
     "recording",
     "gram",
     "measures",

@@ -5,7 +5,7 @@ Linear) to activations ``a`` has toward ``w``, with cotangents ``d``,
 
     G[v,n][g,c,k] = sum_p d[v,n,g,c,p] a[n,g,k,p].
 
-Its rows need not be formed for their inner products. With ``q[n,m,g] = a[n,g]ᵀ a[m,g]``, ``[P, P]``,
+Its rows need not be formed for their inner products. With ``q[n,m,g] = a[n,g]ᵀ a[m,g] [P, P]``,
 
     <G[v,n], G[w,m]> = sum_g <d[v,n,g] q[n,m,g], d[w,m,g]>,
 

@@ -35,7 +35,7 @@ _MOST, _LEAST, _PART = 1 << 24, 1 << 14, 12
 
 @dataclass
 class Products(ABC):
-    """Adds up inner products of rows, a parameter at a time. ``V`` rows of each of ``N`` samples."""
+    """Adds up inner products of rows, V of each of N samples, a parameter at a time."""
 
     rows: int
     samples: int

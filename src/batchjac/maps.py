@@ -16,10 +16,10 @@ from torch import Tensor
 
 from batchjac import exports, measures
 from batchjac.block import Block
-from batchjac.errors import InputError, InputTypeError, SelectionError, UnsupportedError
+from batchjac.errors import InputError, UnsupportedError
 from batchjac.measures import Leading
-from batchjac.recording import in_turns
-from batchjac.space import Space
+from batchjac.pulling import in_turns
+from batchjac.space import Space, apart, entries_of, nested, renamed
 
 Blocks = Sequence[Block]
 
@@ -104,8 +104,8 @@ class LinearMap(ABC):
         if not self.inputs.shared:
             self.refuse_coupled()
             return self.inputs.flat(self.in_turns(self.pull, basis, self.inputs)).transpose(0, 1)
-        apart = [_apart(b) for b in basis]  # what is summed over samples has one at a time
-        flat = self.inputs.flat(self.in_turns(self.pull, apart, self.inputs))
+        singly = [apart(b) for b in basis]  # what is summed over samples has one at a time
+        flat = self.inputs.flat(self.in_turns(self.pull, singly, self.inputs))
         if flat.shape[1] == self.samples:  # beside what is shared, what is not
             own = torch.arange(self.samples, device=flat.device).repeat(len(entries))
             flat = flat[torch.arange(len(flat), device=flat.device), own].unsqueeze(1)
@@ -160,9 +160,9 @@ class LinearMap(ABC):
                 part = matrix[:, row : row + out.width, column : column + into.width]
                 line.append(part.reshape(self.samples, *out.inner, *into.inner).to(into.dtype))
                 column += into.width
-            found.append(_nested(self.inputs, line))
+            found.append(nested(self.inputs, line))
             row += out.width
-        return _nested(self.outputs, found)
+        return nested(self.outputs, found)
 
     @torch.inference_mode(False)
     def norm(
@@ -292,8 +292,8 @@ class LinearMap(ABC):
                 f"A[{key!r}]: a map has two axes beside the samples, outputs and inputs; index "
                 "samples by asking for the operator of those inputs"
             )
-        rows, drop_rows = _entries(pair[0], self.shape[1], "outputs")
-        columns, drop_columns = _entries(pair[1], self.shape[2], "inputs")
+        rows, drop_rows = entries_of(pair[0], self.shape[1], "outputs")
+        columns, drop_columns = entries_of(pair[1], self.shape[2], "inputs")
         if len(columns) < len(rows) or (self.inputs.shared and len(columns) < 2 * len(rows)):
             found = self.columns(columns)[:, rows]
         else:
@@ -382,10 +382,10 @@ class Composed(LinearMap):
         return min(self.outer.at_once, self.inner.at_once)
 
     def push(self, columns: Blocks) -> list[Block]:
-        return self.outer.push(_renamed(self.inner.push(columns), self.outer.inputs))
+        return self.outer.push(renamed(self.inner.push(columns), self.outer.inputs))
 
     def pull(self, rows: Blocks) -> list[Block]:
-        return self.inner.pull(_renamed(self.outer.pull(rows), self.inner.outputs))
+        return self.inner.pull(renamed(self.outer.pull(rows), self.inner.outputs))
 
     def refuse_coupled(self) -> None:
         self.outer.refuse_coupled()
@@ -393,45 +393,3 @@ class Composed(LinearMap):
 
     def __repr__(self) -> str:
         return f"({self.outer!r}) after ({self.inner!r})"
-
-
-def _renamed(blocks: Blocks, into: Space) -> list[Block]:
-    return [Block(b.data, a.shape) for b, a in zip(blocks, into.leaves, strict=True)]
-
-
-def _apart(block: Block) -> Block:
-    """Rows ``[K, 1, *s]`` as ``[K * N, N, *s]``: one sample's at a time, the others zero."""
-    n = block.shape[0]
-    data = torch.zeros(block.rows, n, n, *block.shape[1:], dtype=block.data.dtype,
-                       device=block.data.device)  # fmt: skip
-    own = torch.arange(n, device=data.device)
-    data[:, own, own] = block.full()
-    return Block(data.flatten(0, 1), block.shape)
-
-
-def _nested(space: Space, leaves: Sequence[Any]) -> Any:
-    found = iter(leaves)
-    return space.tree.build([None if a is None else next(found) for a in space.tree.leaves])
-
-
-def _entries(key: Any, size: int, what: str) -> tuple[list[int], bool]:
-    """Flat indices, and whether their axis goes."""
-    if isinstance(key, slice):
-        return list(range(*key.indices(size))), False
-    if isinstance(key, Tensor) and key.dim() == 1 and key.dtype in (torch.int64, torch.int32):
-        key = key.tolist()
-    single = hasattr(key, "__index__") and not isinstance(key, bool) and not getattr(key, "ndim", 0)
-    found = [key] if single else key
-    if not isinstance(found, list) or not all(
-        hasattr(k, "__index__") and not isinstance(k, bool) for k in found
-    ):
-        raise InputTypeError(
-            f"{what} must be an int, a slice, a list of int or a LongTensor, got "
-            f"{type(key).__name__}"
-        )
-    wrong = [k for k in found if not -size <= int(k) < size]
-    if wrong:
-        raise SelectionError(
-            f"{what} {wrong[0]} is out of range: flat indices go from 0 to {size - 1}"
-        )
-    return [int(k) % size for k in found], single

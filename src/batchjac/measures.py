@@ -134,6 +134,7 @@ def _square(a: Products, what: str) -> None:
 
 
 def count_of(count: int) -> int:
+    """The number of random vectors, if it is one."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise InputTypeError(f"samples must be the number of random vectors, got {count!r}")
     if count < 1:

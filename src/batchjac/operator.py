@@ -108,8 +108,7 @@ class Jacobian(LinearMap):
                 found = recording.push(into)
             self._heap.wrote(0)
             parts.append(self._selected(recording, found))
-        return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
-                                                        self.outputs.leaves, strict=True)]  # fmt: skip
+        return _joined_all(parts, self.outputs)
 
     def pull(self, rows: Blocks) -> list[Block]:
         parts = []
@@ -118,8 +117,7 @@ class Jacobian(LinearMap):
             with recording.running():
                 parts.append(recording.pull(into))
             self._heap.wrote(0)
-        return [_joined(column, a) for column, a in zip(zip(*parts, strict=True),
-                                                        self.inputs.leaves, strict=True)]  # fmt: skip
+        return _joined_all(parts, self.inputs)
 
     def _spread(self, recording: Recording, rows: Blocks) -> list[Block]:
         """Rows of the selected outputs as rows of all of them, zero elsewhere."""
@@ -377,6 +375,11 @@ def _of(block: Block, samples: slice) -> Block:
     count = samples.stop - samples.start
     data = block.data if block.data.shape[1] == 1 else block.data[:, samples]
     return Block(data, (count, *block.shape[1:]))
+
+
+def _joined_all(parts: Sequence[Blocks], into: Space) -> list[Block]:
+    columns = zip(*parts, strict=True)
+    return [_joined(column, axes) for column, axes in zip(columns, into.leaves, strict=True)]
 
 
 def _joined(column: Sequence[Block], axes: Axes) -> Block:

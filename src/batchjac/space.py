@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchjac.block import Block
-from batchjac.errors import InputError, InputTypeError
+from batchjac.errors import InputError, InputTypeError, SelectionError
 from batchjac.state import normal
 from batchjac.tree import Tree, flatten
 
@@ -176,3 +176,47 @@ def _check_kind(axes: Axes, leaf: Any, what: str) -> None:
             f"{what}{axes.path} is {leaf.dtype} on {leaf.device}, this operator is {axes.dtype} on "
             f"{axes.device}; pass {what}.to(...) that"
         )
+
+
+def renamed(blocks: Sequence[Block], into: Space) -> list[Block]:
+    """Blocks of one space as those of another with the same tensors."""
+    return [Block(b.data, a.shape) for b, a in zip(blocks, into.leaves, strict=True)]
+
+
+def apart(block: Block) -> Block:
+    """Rows ``[K, 1, *s]`` as ``[K * N, N, *s]``: one sample's at a time, the others zero."""
+    n = block.shape[0]
+    data = torch.zeros(block.rows, n, n, *block.shape[1:], dtype=block.data.dtype,
+                       device=block.data.device)  # fmt: skip
+    own = torch.arange(n, device=data.device)
+    data[:, own, own] = block.full()
+    return Block(data.flatten(0, 1), block.shape)
+
+
+def nested(space: Space, leaves: Sequence[Any]) -> Any:
+    """Anything for each tensor, in the nesting of the space."""
+    found = iter(leaves)
+    return space.tree.build([None if a is None else next(found) for a in space.tree.leaves])
+
+
+def entries_of(key: Any, size: int, what: str) -> tuple[list[int], bool]:
+    """Flat indices, and whether their axis goes."""
+    if isinstance(key, slice):
+        return list(range(*key.indices(size))), False
+    if isinstance(key, Tensor) and key.dim() == 1 and key.dtype in (torch.int64, torch.int32):
+        key = key.tolist()
+    single = hasattr(key, "__index__") and not isinstance(key, bool) and not getattr(key, "ndim", 0)
+    found = [key] if single else key
+    if not isinstance(found, list) or not all(
+        hasattr(k, "__index__") and not isinstance(k, bool) for k in found
+    ):
+        raise InputTypeError(
+            f"{what} must be an int, a slice, a list of int or a LongTensor, got "
+            f"{type(key).__name__}"
+        )
+    wrong = [k for k in found if not -size <= int(k) < size]
+    if wrong:
+        raise SelectionError(
+            f"{what} {wrong[0]} is out of range: flat indices go from 0 to {size - 1}"
+        )
+    return [int(k) % size for k in found], single

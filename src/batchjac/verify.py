@@ -37,8 +37,9 @@ def _owner(problem: Problem) -> Any:
 def signature(job: Job, way: str = "") -> int:
     """What a graph is made of and how it is walked, whatever the number of samples.
 
-    A ``way`` other than the plain walk has the same answer before it was gone and after. The ways are those of this graph's nodes alone: a later chunk knows those of other outputs too.
-    What samples share is computed by other rules with one sample, or with each sample by itself.
+    A ``way`` other than the plain walk has the same answer before it was gone and after. The ways
+    of nodes are those of this graph alone: a later chunk knows those of other outputs too. What
+    samples share is computed by other rules with one sample, or with each sample by itself.
     """
     index = {step.node: k for k, step in enumerate(job.graph.steps)}
     ways = {} if way else job.kernels.ways

@@ -79,8 +79,9 @@ def walk(
     """Push the seeds down to every target that they reach.
 
     With ``consume`` what reaches a target goes there instead, as soon as all of it is there, and is
-    dropped; toward parameters as products not yet formed, where a rule has them. With ``places`` a gradient that would be summed over samples on its way to a parameter is kept
-    per sample, as rows ``[V*N, *p]``; every such node must have a ``per_sample`` rule.
+    dropped; toward parameters as products not yet formed, where a rule has them. With ``places`` a
+    gradient that would be summed over samples on its way to a parameter is kept per sample, as rows
+    ``[V*N, *p]``; every such node must have a ``per_sample`` rule.
     """
     pending: Pending = dict(seeds)
     found: dict[Slot, Block] = {}
