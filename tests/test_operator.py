@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -481,6 +482,46 @@ def test_little_memory_takes_samples_in_chunks(wrt: Any, budget: str) -> None:
           a.norm(samples=2, generator=torch.Generator().manual_seed(0)))  # fmt: skip
     with pytest.raises(BudgetError, match="max_memory"):
         batchjac.operator(f, x, wrt=wrt, max_memory=1000)
+
+
+def test_a_value_that_depends_on_the_chunk_is_refused() -> None:
+    layer = nn.Linear(64, 2000)
+
+    def f(x: Tensor) -> Tensor:
+        y: Tensor = torch.tanh(layer(x)) / len(x)
+        return y[:, :3]
+
+    with pytest.raises(CouplingError, match="max_memory"):
+        batchjac.operator(f, torch.randn(300, 64), max_memory="4MiB")
+
+
+def test_nothing_is_left_of_an_operator() -> None:
+    f, x = mlp(), batch()
+    a = batchjac.operator(f, x)
+    a @ batch()
+    a.T @ batch(4)
+    a.gram()
+    assert a._kept is not None
+    y = weakref.ref(a._kept.work[0].y)
+    del a
+    assert y() is None
+
+
+def test_a_very_deep_graph_is_taken_apart() -> None:
+    """Freed from its end up, one node inside the other, it would overflow the stack."""
+
+    def f(x: Tensor) -> Tensor:
+        for _ in range(30_000):
+            x = x * 1.00001
+        return x
+
+    x = batch()
+    for close_it in (True, False):
+        a = batchjac.operator(f, x)
+        close(a.T @ x, x * 1.00001**30_000)
+        if close_it:
+            a.close()
+        del a
 
 
 # ---- words

@@ -37,7 +37,7 @@ class Jacobian(LinearMap):
         self._heap.allow(self._allowed)
         self._room = memory.spare(self._allowed, 0) * (_BESIDE - 2) // _BESIDE
         self._kept: Recording | None = None
-        self._closed = False
+        self._closed = self._halved = False
         few = self.samples
         if problem.coupling == "error" and not problem.create_graph:
             told = max_memory is not None
@@ -51,6 +51,8 @@ class Jacobian(LinearMap):
             first.close()
             if self.chunk == self.samples:
                 self._kept = self._record(slice(0, self.samples))
+            else:  # for what it says of a function that looks at the whole batch
+                self._record(slice(0, self.chunk), halved=True).close()
 
     @property
     def inputs(self) -> Space:
@@ -64,8 +66,8 @@ class Jacobian(LinearMap):
     def samples(self) -> int:
         return self._samples
 
-    def _record(self, samples: slice) -> Recording:
-        return record(self.problem, samples, self._room)
+    def _record(self, samples: slice, halved: bool = False) -> Recording:
+        return record(self.problem, samples, self._room, halved)
 
     def _fitting(self, first: Recording) -> int:
         """How many samples one forward takes: all, if they fit beside one row."""
@@ -206,7 +208,9 @@ class Jacobian(LinearMap):
             self.problem, tree=replace(tree, leaves=leaves), inputs=tree.build(leaves),
             samples=len(index), outputs=outputs,
         )  # fmt: skip
-        return record(some, slice(0, len(index)), self._room)
+        # samples that were recorded together are for the first time apart
+        halved, self._halved = not self._halved and len(index) < self.samples, True
+        return record(some, slice(0, len(index)), self._room, halved)
 
     def refuse_coupled(self) -> None:
         if self.problem.coupling == "full":

@@ -147,8 +147,10 @@ class Recording(Pulling):
         return True
 
 
-def record(problem: Problem, samples: slice, room: int) -> Recording:
+def record(problem: Problem, samples: slice, room: int, halved: bool = False) -> Recording:
     """One forward on these samples, checked for coupling.
+
+    ``halved``: compared with a forward of half of them, since others will come by themselves.
 
     Errors: ``CouplingError``, and what a forward may raise.
     """
@@ -158,6 +160,8 @@ def record(problem: Problem, samples: slice, room: int) -> Recording:
             if captured.samples > 1 and problem.coupling not in ("sum", "full"):
                 for job in work:
                     coupling.check(job, captured, captured.hooked)
+            if halved:
+                coupling.Values(problem, restore).half(samples, captured)
         let_go(restore)
     found = Recording(problem, samples, captured, work, room, captured.hooked)
     if found.by_engine and problem.coupling == "frozen":
