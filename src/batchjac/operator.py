@@ -305,7 +305,9 @@ def operator(
         One forward, kept until the operator is closed or freed: its saved activations are what it
         holds. ``A.T @ u``: one backward; ``A @ v``: one forward of tangents, two backward passes
         where a node has no forward rule; the first product on a graph one to three backward passes
-        more, to compare. Parameters and buffers must not change meanwhile: autograd refuses values
+        more, to compare. Hooks and Functions whose gradients are not linear in the cotangent define
+        rows, not products: those are then made of all rows. Where a block holds inf or nan, so may
+        products, not always in the same places. Parameters and buffers must not change meanwhile: autograd refuses values
         that were overwritten.
 
     Source:
