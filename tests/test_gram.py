@@ -209,7 +209,7 @@ def test_too_little_memory_says_so() -> None:
 
 
 def test_where_the_samples_are_lost_rows_are_formed() -> None:
-    """No rule says where the samples are behind polygamma, so nobody knows whose gradient is whose."""
+    """No rule says where the samples are behind polygamma, nor whose gradient is whose."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:

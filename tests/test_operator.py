@@ -24,7 +24,7 @@ from batchjac.errors import (
     StateError,
     UnsupportedError,
 )
-from batchjac.operator import Jacobian
+from batchjac.lazy import Jacobian
 from tests.common import N, Result, batch, close, full_truth, mlp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -66,7 +66,7 @@ ORDER = (
     "measures",
     "exports",
     "maps",
-    "operator",
+    "lazy",
     "linalg",
     "dataset",
     "attribution",

@@ -4,7 +4,7 @@ from batchjac import errors as errors
 from batchjac.api import jacobian as jacobian
 from batchjac.api import plan as plan
 from batchjac.api import value_and_jacobian as value_and_jacobian
-from batchjac.operator import operator as operator
+from batchjac.lazy import operator as operator
 
 __version__ = "0.1.0"
 

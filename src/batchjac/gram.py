@@ -42,6 +42,19 @@ class Products(ABC):
     most: int
     total: Tensor
 
+    def take(self, arrived: Block | Factored, apart: bool) -> None:
+        """Add what reached one target, which samples share or have ``apart``."""
+        if isinstance(arrived, Factored):
+            self.factored(arrived)
+            return
+        data = arrived.full()  # [V, N, ...]; where samples share what is wanted, [V N, ...]
+        size = (self.rows, self.samples)
+        rows = data.reshape(*size, data.numel() // math.prod(size)).transpose(0, 1)
+        if apart:
+            self.apart(rows)
+        else:
+            self.formed(rows)
+
     @abstractmethod
     def factored(self, f: Factored) -> None:
         """What a parameter adds whose rows are products."""
@@ -169,16 +182,7 @@ class Factors:
                 theirs = expected.pop(slot)
                 if not verify.near(ours.reshape(theirs.shape), theirs, self._tolerance):
                     wrong.append(slot)
-            if isinstance(arrived, Factored):
-                products.factored(arrived)
-                return
-            data = arrived.full()  # [V, N, ...]; where samples share what is wanted, [V N, ...]
-            size = (products.rows, products.samples)
-            rows = data.reshape(*size, data.numel() // math.prod(size)).transpose(0, 1)
-            if apart:
-                products.apart(rows)
-            else:
-                products.formed(rows)
+            products.take(arrived, apart)
 
         try:
             walk(self.graph, starts, recording.work[0].kernels, self.places, consume=consume)

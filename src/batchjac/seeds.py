@@ -47,7 +47,8 @@ class Seeds:
             (self.entries == torch.arange(width, device=self.device)).all()
         )
 
-    def _each_sample(self) -> Tensor:
+    @property
+    def each_sample(self) -> Tensor:
         """``entries`` as ``[V, N]``, or ``[V, 1]`` where they are the same for all samples."""
         return self.entries if self.entries.dim() == 2 else self.entries.unsqueeze(1)
 
@@ -58,11 +59,11 @@ class Seeds:
         rows = torch.arange(start, min(stop, self.rows), device=self.device)
         if self.across:
             sample = rows // self.width
-            every = self._each_sample().expand(-1, n)
+            every = self.each_sample.expand(-1, n)
             data = torch.zeros(len(rows), n, width, dtype=self.dtype, device=self.device)
             data[torch.arange(len(rows)), sample, every[rows % self.width, sample]] = 1
         else:
-            picked = self._each_sample()[rows]
+            picked = self.each_sample[rows]
             data = torch.zeros(*picked.shape, width, dtype=self.dtype, device=self.device)
             data.scatter_(-1, picked.unsqueeze(-1), 1)
         return Block(data.reshape(len(rows), data.shape[1], *out), self.output)
@@ -71,7 +72,7 @@ class Seeds:
         """The one cotangent ``[N, *out]`` that equals ``sum_v weights[n, v] * row v``."""
         n, *out = self.output
         flat = torch.zeros(n, math.prod(out), dtype=self.dtype, device=self.device)
-        picked = self._each_sample().expand(-1, n).T
+        picked = self.each_sample.expand(-1, n).T
         flat.scatter_add_(1, picked, weights.to(self.dtype))
         return flat.reshape(self.output)
 

@@ -1,4 +1,8 @@
-"""The lazy Jacobian: products from one recorded forward, and what follows from them."""
+"""The lazy Jacobian: products from one recorded forward, and what follows from them.
+
+``batchjac.operator`` is the function below; a module of that name would take its place whenever
+something imports it.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +134,7 @@ class Jacobian(LinearMap):
             if chosen.every:
                 found.append(Block(block.data.reshape(*block.data.shape[:2], *shape[1:]), shape))
                 continue
-            index = _each_sample(chosen.entries)
+            index = chosen.each_sample.T
             data = block.data.flatten(2) if block.data.dim() > 2 else block.data.unsqueeze(2)
             n = max(data.shape[1], len(index))
             flat = data.new_zeros(block.rows, n, job.y[0].numel())
@@ -146,7 +150,7 @@ class Jacobian(LinearMap):
             data = block.full()
             if not chosen.every:
                 flat = data.flatten(2) if data.dim() > 2 else data.unsqueeze(2)
-                index = _each_sample(chosen.entries).expand(*flat.shape[:2], -1)
+                index = chosen.each_sample.T.expand(*flat.shape[:2], -1)
                 data = flat.gather(2, index)
             data = data.reshape(*data.shape[:2], *chosen.shape)
             found.append(Block(data, tuple(data.shape[1:])))
@@ -307,8 +311,8 @@ def operator(
         where a node has no forward rule; the first product on a graph one to three backward passes
         more, to compare. Hooks and Functions whose gradients are not linear in the cotangent define
         rows, not products: those are then made of all rows. Where a block holds inf or nan, so may
-        products, not always in the same places. Parameters and buffers must not change meanwhile: autograd refuses values
-        that were overwritten.
+        products, not always in the same places. Parameters and buffers must not change meanwhile:
+        autograd refuses values that were overwritten.
 
     Source:
         Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapter 3: products without
@@ -362,11 +366,6 @@ def _outputs(recording: Recording) -> Space:
         shape = (problem.samples, *chosen.shape)
         axes[job.index] = Axes(job.path, shape, job.y.dtype, job.y.device)
     return space(captured.values.build(list(range(len(axes)))), axes)
-
-
-def _each_sample(entries: Tensor) -> Tensor:
-    """Flat indices ``[V]`` or ``[V, N]`` as ``[1 or N, V]``."""
-    return entries.T if entries.dim() == 2 else entries.unsqueeze(0)
 
 
 def _only(block: Block, samples: Sequence[int]) -> Block:
