@@ -161,7 +161,7 @@ def record(problem: Problem, samples: slice, room: int, halved: bool = False) ->
                 for job in work:
                     coupling.check(job, captured, captured.hooked)
             if halved:
-                coupling.Values(problem, restore).half(samples, captured)
+                coupling.Values(problem, restore).half(captured.samples, captured.outputs)
         let_go(restore)
     found = Recording(problem, samples, captured, work, room, captured.hooked)
     if found.by_engine and problem.coupling == "frozen":
