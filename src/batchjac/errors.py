@@ -68,7 +68,8 @@ class StateError(BatchjacError, RuntimeError):
     """The function changed something, or ran in a way, that cannot be followed or undone."""
 
 
-class LinAlgError(BatchjacError, torch.linalg.LinAlgError):
+# torch's stubs do not know its own error
+class LinAlgError(BatchjacError, torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
     """Jacobians of some samples have no answer: singular, not finite, or not converged.
 
     ``samples`` are their numbers in the batch and ``measures`` what was found for each: condition

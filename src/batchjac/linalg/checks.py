@@ -88,8 +88,8 @@ class Guard:
     The limit is a condition number of 1/eps. The relative error of an inverse or a solution is
     bounded by a small multiple of ``eps * condition`` (Higham, Accuracy and Stability of Numerical
     Algorithms, 2nd ed., 2002, theorem 9.4 and section 14.1), so beyond it no digit is left. It is
-    where LAPACK's expert drivers, SciPy and MATLAB warn. The multiple, which grows with the size, is
-    left out: in float32 it would refuse healthy networks.
+    where LAPACK's expert drivers, SciPy and MATLAB warn. The multiple, which grows with the size,
+    is left out: in float32 it would refuse healthy networks.
     """
 
     name: str

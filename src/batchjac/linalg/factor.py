@@ -33,13 +33,19 @@ class Factors:
 
     def solve(self, b: Tensor, transposed: bool = False) -> Tensor:
         """``J^-1 b``, or ``J^-T b``, without a history."""
-        return torch.linalg.lu_solve(self.lu, self.pivots, b, adjoint=not transposed)
+        x: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, b, adjoint=not transposed)
+        return x
 
 
 def factorised(j: Tensor) -> Factors:
     """The factors of J, without a history."""
     lu, pivots, info = torch.linalg.lu_factor_ex(j.detach().mT)
     return Factors(lu, pivots, info > 0)
+
+
+def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    found: Tensor = function.apply(*given)
+    return found
 
 
 class _Solve(torch.autograd.Function):
@@ -68,8 +74,7 @@ class _Solve(torch.autograd.Function):
 
 def solved(j: Tensor, b: Tensor, factors: Factors, transposed: bool = False) -> Tensor:
     """``J^-1 b`` for columns b ``[n, o, k]``, from factors of J; or ``J^-T b``."""
-    x: Tensor = _Solve.apply(j, b, factors, transposed)
-    return x
+    return _applied(_Solve, j, b, factors, transposed)
 
 
 class _Inverse(torch.autograd.Function):
@@ -94,8 +99,7 @@ def inverted(j: Tensor, factors: Factors | None = None) -> Tensor:
     """``J^-1``; with the factors of J if they are there."""
     if factors is None and pays(j):
         factors = factorised(j)
-    x: Tensor = _Inverse.apply(j, factors)
-    return x
+    return _applied(_Inverse, j, factors)
 
 
 class _LogDet(torch.autograd.Function):
@@ -114,8 +118,7 @@ class _LogDet(torch.autograd.Function):
 
 def logarithm(j: Tensor, plain: Tensor, x: Tensor) -> Tensor:
     """The same ``log |det J|``, differentiable by way of the inverse x."""
-    found: Tensor = _LogDet.apply(j, plain, x)
-    return found
+    return _applied(_LogDet, j, plain, x)
 
 
 def determinant(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -182,8 +185,7 @@ class _Least(torch.autograd.Function):
 
 def least(j: Tensor, b: Tensor, factors: Singular, transposed: bool = False) -> Tensor:
     """``J^+ b`` for columns b ``[n, o, k]``: of all that come nearest, the x of least norm."""
-    x: Tensor = _Least.apply(j, b, factors, transposed)
-    return x
+    return _applied(_Least, j, b, factors, transposed)
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,10 @@ class Damped:
     def solve(self, b: Tensor) -> Tensor:
         """``(J^T J + lambda I)^-1 J^T b``, which is ``J^T (J J^T + lambda I)^-1 b``."""
         if self.wide:
-            return self.q @ torch.linalg.solve_triangular(self.r.mT, b, upper=False)
-        return torch.linalg.solve_triangular(self.r, self.q.mT @ b, upper=True)
+            x: Tensor = self.q @ torch.linalg.solve_triangular(self.r.mT, b, upper=False)
+        else:
+            x = torch.linalg.solve_triangular(self.r, self.q.mT @ b, upper=True)
+        return x
 
 
 def damped(j: Tensor, regularisation: float) -> Damped:

@@ -8,9 +8,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from batchjac.errors import InputError, InputTypeError
+from batchjac.errors import BatchAxisError, InputError, InputTypeError
 from batchjac.linalg.checks import Compute, Guard, check_dtype, check_square
 from batchjac.problem import Problem, pose
+from batchjac.recompute import recomputed
 from batchjac.solution import Solution
 from batchjac.solve import solve
 
@@ -39,6 +40,9 @@ class Axes:
     out: tuple[int, ...]
     inner: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{list(self.out)} x {list(self.inner)}"
+
     def columns(self, name: str, b: Tensor, j: Tensor, first: int) -> Tensor:
         """The right sides of these samples as ``[n, o, k]``."""
         part = b[first : first + len(j)]
@@ -62,6 +66,10 @@ class Axes:
         return x.reshape(len(x), *self.inner, *((x.shape[2],) if many else ()))
 
 
+# Tensors of the size of the Jacobian that stay for a backward, or are there at once without one:
+# factors, their inverses and a product; of the singular values the vectors of both sides.
+_COPIES = 5
+
 # From Jacobians [n, o, i] with these axes, of samples ``first`` and on, to tensors with these
 # samples first.
 Then = Callable[[Tensor, Axes, int], Sequence[Tensor]]
@@ -80,10 +88,24 @@ def mapped(
             "a function are known"
         )
     problem, max_memory = posed(name, inputs, f, options)
-    solution = solve(problem, max_memory, None, valued=True)
-    j, axes = flattened(name, problem, solution)
-    with torch.set_grad_enabled(problem.create_graph and torch.is_grad_enabled()):
-        return then(j, axes, 0), axes
+    seen: list[Axes] = []
+
+    def some(solution: Solution, samples: slice) -> Sequence[Tensor]:
+        j, axes = flattened(name, problem, solution)
+        if seen and axes != seen[0]:
+            raise BatchAxisError(
+                f"linalg.{name}: the Jacobians of samples {samples.start} to {samples.stop - 1} "
+                f"are {axes}, those of samples before them {seen[0]}; f must return as many "
+                "numbers for every sample, whichever come together. Pad and mask them"
+            )
+        seen[:] = [axes]
+        return then(j, axes, samples.start)
+
+    if max_memory is None or problem.coupling != "error":
+        solution = solve(problem, max_memory, None, valued=True)
+        with torch.set_grad_enabled(problem.create_graph and torch.is_grad_enabled()):
+            return some(solution, slice(0, problem.samples)), seen[0]
+    return recomputed(problem, some, max_memory, copies=_COPIES, valued=True), seen[0]
 
 
 def right_side(name: str, f: Any, inputs: Any, b: Any) -> tuple[Any, Tensor]:
