@@ -43,10 +43,10 @@ class Axes:
     def __str__(self) -> str:
         return f"{list(self.out)} x {list(self.inner)}"
 
-    def columns(self, name: str, b: Tensor, j: Tensor, first: int) -> Tensor:
+    def columns(self, name: str, b: Tensor, j: Tensor, first: int, count: int) -> Tensor:
         """The right sides of these samples as ``[n, o, k]``."""
-        part = b[first : first + len(j)]
-        shape = (len(part), *self.out)
+        part = b[first : first + count] if b.dim() else b
+        shape = (count, *self.out)
         if tuple(part.shape[: len(shape)]) != shape or part.dim() > len(shape) + 1:
             expected = ", ".join(["N", *map(str, self.out)])
             raise InputError(
@@ -58,7 +58,7 @@ class Axes:
                 f"linalg.{name}: b is {b.dtype} on {b.device}, the Jacobians are {j.dtype} on "
                 f"{j.device}; pass b.to(...) that"
             )
-        return part.reshape(len(part), math.prod(self.out), -1)
+        return part.reshape(count, math.prod(self.out), -1)
 
     def solution(self, x: Tensor, b: Tensor) -> Tensor:
         """Solutions ``[N, i, k]`` with the axes of inputs; without k where b has none."""
@@ -128,7 +128,7 @@ def using(
     def then(j: Tensor, axes: Axes, first: int) -> Sequence[Tensor]:
         if instead is not None:
             check_square(guard.name, j, instead)
-        right = () if b is None else (axes.columns(guard.name, b, j, first),)
+        right = () if b is None else (axes.columns(guard.name, b, j, first, len(j)),)
         return guard(j, first, compute, *right)
 
     return then
