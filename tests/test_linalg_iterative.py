@@ -145,3 +145,21 @@ def test_too_few_products() -> None:
     b = torch.randn(2, 30)
     with pytest.raises(LinAlgError, match="within max_products=3 for samples 0"):
         linalg.solve(j, b, method="gmres", max_products=3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_without_a_solution_gives_no_gradient(method: str) -> None:
+    """And harms no other."""
+    j = torch.eye(3).repeat(4, 1, 1)
+    j[1, 0, 0] = 0
+    j[3] = float("nan")
+    b = torch.ones(4, 3)
+
+    def gradient(j: Tensor) -> Tensor:
+        j = j.clone().requires_grad_()
+        found = linalg.solve(j, b[: len(j)], method=method, on_singular="nan")
+        return torch.autograd.grad(found.nansum(1).sum(), j)[0]
+
+    found = gradient(j)
+    near(found[::2], gradient(j[::2]))
+    assert torch.equal(found[1::2], torch.zeros(2, 3, 3))

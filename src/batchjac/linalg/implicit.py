@@ -39,16 +39,18 @@ class Task:
         """The same with the transpose, for a gradient."""
         return replace(self, products=Flipped(self.products))
 
-    def solve(self, b: Tensor) -> Tensor:
-        """The solution without a history; an error, or NaN, where it was not reached."""
+    def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution without a history, and which samples have none: zeros, or an error."""
         with torch.no_grad():
             found = SOLVERS[self.method](self.products, b, self.tolerance, self.most)
+            # a product with zero is NaN where J holds that
+            x = torch.where((b == 0).all(1, keepdim=True), 0, found.x)
         bad = ~(found.residual <= self.tolerance).all(1)
         if not bad.any():
-            return found.x
+            return x, bad
         if not self.lenient:
             raise self._failed(bad, found.residual)
-        return torch.where(bad[:, None, None], float("nan"), found.x)
+        return torch.where(bad[:, None, None], 0, x), bad
 
     def _failed(self, bad: Tensor, residual: Tensor) -> LinAlgError:
         at = bad.nonzero().flatten()
@@ -84,12 +86,13 @@ class _Gate(torch.autograd.Function):
 
 class _Implicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, task: Task, b: Tensor, *sources: Tensor) -> Tensor:
-        x = task.solve(b)
+    def forward(ctx: Any, task: Task, b: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        x, bad = task.solve(b)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *sources)
         ctx.task = task
-        return x
+        ctx.mark_non_differentiable(bad)
+        return x, bad
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,9 +133,14 @@ def implicit(task: Task, b: Tensor) -> Tensor:
     with torch.enable_grad():
         product = task.products.times(torch.ones_like(b[:, :, :1]))
     sources = read_by(product, task.ends)
-    return _applied(_Implicit, task, b, *sources)
+    x, bad = _applied(_Implicit, task, b, *sources)
+    return marked(x, bad)
 
 
-def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
-    found: Tensor = function.apply(*given)
-    return found
+def marked(x: Tensor, bad: Tensor) -> Tensor:
+    """NaN in the places of samples without a solution, from which no gradient comes."""
+    return torch.where(bad[:, None, None], float("nan"), x) if bad.any() else x
+
+
+def _applied(function: type[torch.autograd.Function], *given: Any) -> Any:
+    return function.apply(*given)

@@ -18,7 +18,7 @@ from batchjac.linalg.checks import (
     cut,
 )
 from batchjac.linalg.condition import damped_solution, of_factors
-from batchjac.linalg.implicit import Task, implicit
+from batchjac.linalg.implicit import Task, implicit, marked
 from batchjac.linalg.krylov import SOLVERS
 from batchjac.linalg.matrices import Options, mapped, right_side, using
 from batchjac.linalg.products import System, system
@@ -191,5 +191,5 @@ def _by_products(
     found = system("solve", f, inputs, output_axes, options)
     task = accuracy.task(found)
     right = found.axes.columns("solve", b, found.like, 0, found.samples)
-    x = implicit(task, right) if found.history else task.solve(right.detach())
+    x = implicit(task, right) if found.history else marked(*task.solve(right.detach()))
     return found.axes.solution(x, b)
