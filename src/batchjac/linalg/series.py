@@ -58,7 +58,7 @@ def _refuse_growth(grown: Tensor) -> None:
     more = f" and {len(at) - 5} more" if len(at) > 5 else ""
     raise LinAlgError(
         'linalg.logdet: method="power" needs J = I + G with |G| < 1, and G made a vector longer '
-        f'for samples {listed}{more}; use method="lanczos" or linalg.slogdet, or a smaller Lipschitz '
-        "constant in the residual branch",
+        f'for samples {listed}{more}; use method="lanczos" or linalg.slogdet, or a smaller '
+        "Lipschitz constant in the residual branch",
         at, grown[at],
     )  # fmt: skip
