@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from batchjac.errors import InputError, InputTypeError
+from batchjac.errors import InputError, InputTypeError, LinAlgError
 from batchjac.linalg.checks import check_choice
 from batchjac.linalg.lanczos import bidiagonal
 from batchjac.linalg.matrices import Options
@@ -80,7 +80,7 @@ def trace(
     with torch.set_grad_enabled(found.history):
         if method == "hutchinson":
             z = signs(found, probes, generator)
-            return _mean((z * found.products.times(z)).sum(1))
+            return _mean("trace", (z * found.products.times(z)).sum(1))
         return _deflated(found, probes, generator)
 
 
@@ -93,7 +93,7 @@ def _deflated(found: System, probes: int, generator: torch.Generator | None) -> 
     exact = (q * products.times(q)).sum((1, 2))
     z = signs(found, probes - 2 * third, generator)
     z = z - q @ (q.mT @ z)
-    rest = _mean((z * products.times(z)).sum(1))
+    rest = _mean("trace", (z * products.times(z)).sum(1))
     return Estimate(exact + rest.value, rest.error)
 
 
@@ -161,8 +161,8 @@ def logdet(
     z = signs(found, probes, generator)
     with torch.set_grad_enabled(found.history):
         if method == "power":
-            return _mean(series(found, z, steps, generator))
-        return _mean(bidiagonal(found, z, min(found.rows, steps or 20)))
+            return _mean("logdet", series(found, z, steps, generator))
+        return _mean("logdet", bidiagonal(found, z, min(found.rows, steps or 20)))
 
 
 def signs(found: System, count: int, generator: torch.Generator | None) -> Tensor:
@@ -173,8 +173,18 @@ def signs(found: System, count: int, generator: torch.Generator | None) -> Tenso
     return (2 * drawn - 1).to(found.like)
 
 
-def _mean(values: Tensor) -> Estimate:
+def _mean(name: str, values: Tensor) -> Estimate:
     """Of values ``[N, probes]``."""
+    bad = ~values.detach().isfinite().all(1)
+    if bad.any():
+        at = bad.nonzero().flatten()
+        shown = ", ".join(map(str, at[:5].tolist()))
+        raise LinAlgError(
+            f"linalg.{name}: products with the Jacobians of samples {shown}"
+            f"{f' and {len(at) - 5} more' if len(at) > 5 else ''} hold NaN or inf; look for "
+            "overflow or 0/0 in f there",
+            at, torch.full((len(at),), float("nan")),
+        )  # fmt: skip
     return Estimate(values.mean(1), values.detach().std(1) / values.shape[1] ** 0.5)
 
 

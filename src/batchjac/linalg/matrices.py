@@ -62,6 +62,8 @@ class Axes:
 
     def solution(self, x: Tensor, b: Tensor) -> Tensor:
         """Solutions ``[N, i, k]`` with the axes of inputs; without k where b has none."""
+        if len(b) != len(x):
+            raise InputError(f"b is of {len(b)} samples, the Jacobians are of {len(x)}")
         many = b.dim() > 1 + len(self.out)
         return x.reshape(len(x), *self.inner, *((x.shape[2],) if many else ()))
 
