@@ -1,8 +1,8 @@
 """The inverse of many small matrices from their factors, by blocks, in batched products.
 
 LAPACK inverts them one after another, at a small part of the speed of a batched product: of 256
-matrices of 64 x 64 in float32 on one thread, the factors take 5 ms, solving with the identity
-another 15, and what is here 6. The inverses of the triangular factors come block by block, and are
+matrices of 64 x 64 in float32 on one thread, the factors take 4 ms, solving with the identity
+another 11 to 16, and what is here 7 to 9. The inverses of the triangular factors come block by block, and are
 multiplied.
 
 Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, section 14.2: block
@@ -31,9 +31,11 @@ def inverse_from(m: Tensor, pivots: Tensor) -> Tensor:
     The lower triangle of m is U^T, what is above the diagonal is L^T, whose diagonal is 1. So
     ``J^-1 = P (L^T)^-1 (U^T)^-1``.
     """
-    lower, upper = _blocks(m)
-    _join(m, lower, upper, 0, m.shape[1])
-    return _permuted(torch.bmm(upper, lower), pivots)
+    # hundreds of small operations, each of which would go through whatever looks on
+    with torch._C.DisableTorchFunction():
+        lower, upper = _blocks(m)
+        _join(m, lower, upper, 0, m.shape[1])
+        return _permuted(torch.bmm(upper, lower), pivots)
 
 
 def _blocks(m: Tensor) -> tuple[Tensor, Tensor]:
