@@ -141,6 +141,14 @@ def test_a_truncated_series_is_as_wrong_as_stated() -> None:
     assert (bias > bound / 10).all()
 
 
+def test_a_random_number_of_terms_has_no_bias() -> None:
+    """Here vectors agree, so that the number of terms alone makes the spread."""
+    j = 1.6 * torch.eye(ROWS)[None]
+    value, error = linalg.logdet(j, method="power", probes=MANY, generator=generator())
+    assert 0 < float(error) < 0.1
+    assert float((value - torch.logdet(j)).abs()) < Z * float(error)
+
+
 def test_lanczos_with_few_steps_comes_nearer() -> None:
     """Its bias for one vector, beside n steps, falls as fast as stated."""
     j = contraction(0.5)

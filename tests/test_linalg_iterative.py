@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import batchjac
 from batchjac import linalg
 from batchjac.errors import LinAlgError
+from batchjac.linalg.krylov import SOLVERS
 from tests.common import batch
 
 pytestmark = [
@@ -138,6 +140,31 @@ def test_an_iteration_that_does_not_arrive_names_its_samples(method: str) -> Non
     found = linalg.solve(j, b, method=method, on_singular="nan")
     assert found.isnan().all(1).tolist() == [False, True, False, True]
     near(found[::2], b[::2])
+
+
+@dataclass
+class Counted:
+    """Products with a matrix, counted."""
+
+    j: Tensor
+    products: int = 0
+
+    def times(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return self.j @ v
+
+    def times_transposed(self, u: Tensor) -> Tensor:
+        self.products += 1
+        return self.j.mT @ u
+
+
+@pytest.mark.parametrize(("method", "expected"), [("gmres", 4), ("cgls", 9)])
+def test_it_stops_when_it_is_there(method: str, expected: int) -> None:
+    """Three eigenvalues: three vectors, one product for the residual; two for each of CGLS."""
+    a = Counted(torch.diag(torch.tensor([1.0, 2, 4]).repeat(10)).repeat(2, 1, 1))
+    found = SOLVERS[method](a, torch.randn(2, 30, 1), 1e-10, 500)
+    assert (found.residual < 1e-10).all()
+    assert a.products <= expected
 
 
 def test_too_few_products() -> None:

@@ -83,7 +83,7 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, j: Tensor, factors: Factors | None) -> Tensor:
         if factors is None:
-            x = torch.linalg.inv_ex(j)[0]
+            x: Tensor = torch.linalg.inv_ex(j)[0]
         elif pays(j):
             x = inverse_from(factors.lu.mT, factors.pivots)
         else:

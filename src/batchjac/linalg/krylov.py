@@ -78,19 +78,16 @@ def _cycle(a: Products, r: Tensor, enough: Tensor, width: int) -> tuple[Tensor, 
     for j in range(width):
         stacked = torch.stack(basis)  # [j+1, N, n, k]
         w = a.times(basis[-1])
-        length = _norm(w)
         for _ in range(2):
             along = (stacked * w).sum(2, keepdim=True)
             w = w - (stacked * along).sum(0)
             h[:, :, : j + 1, j] += along.squeeze(2).permute(1, 2, 0)
         left = _norm(w)
-        # nothing but rounding is left: the space holds the solution
-        left = torch.where(left <= 10 * torch.finfo(r.dtype).eps * length, 0, left)
         h[:, :, j + 1, j] = left.squeeze(1)
-        basis.append(torch.where(left == 0, 0, _over(w, left)))
+        basis.append(_over(w, left))
         column = h[:, :, : j + 1, j].permute(2, 0, 1).unsqueeze(2)
         along = (torch.stack(null) * column).sum(0)
-        # where nothing is left the residual is zero
+        # where nothing is left the space holds the solution
         null.append(torch.where(left == 0, float("inf"), -_over(along, left)))
         square = torch.stack(null).square().sum(0)
         if bool((size / square.sqrt() <= enough).all()):

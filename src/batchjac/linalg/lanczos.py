@@ -48,20 +48,17 @@ def _form(a: Products, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     left: list[Tensor] = []
     right: list[Tensor] = []
     alphas, betas, dead = [], [], []
-    tiny = 10 * torch.finfo(z.dtype).eps
-    scale = torch.zeros_like(size)
     for _ in range(steps):
         right.append(v)
         p = _outside(a.times(v), left)
         alpha = torch.linalg.vector_norm(p, dim=1, keepdim=True)
         none = torch.linalg.vector_norm(v, dim=1, keepdim=True) == 0
-        scale = torch.maximum(scale, alpha)
         left.append(torch.where(none, 0, p / torch.where(alpha == 0, 1, alpha)))
         alphas.append(torch.where(none, 1, alpha))
         dead.append(none)
         r = _outside(a.times_transposed(left[-1]), right)
         beta = torch.linalg.vector_norm(r, dim=1, keepdim=True)
-        beta = torch.where(none | (beta <= tiny * scale), 0, beta)
+        beta = torch.where(none, 0, beta)
         betas.append(beta)
         v = torch.where(beta == 0, 0, r / torch.where(beta == 0, 1, beta))
     b = torch.diag_embed(_last(alphas)) + torch.diag_embed(_last(betas)[..., :-1], offset=1)

@@ -2,8 +2,8 @@
 
 LAPACK inverts them one after another, at a small part of the speed of a batched product: of 256
 matrices of 64 x 64 in float32 on one thread, the factors take 4 ms, solving with the identity
-another 11 to 16, and what is here 7 to 9. The inverses of the triangular factors come block by block, and are
-multiplied.
+another 11 to 16, and what is here 7 to 9. The inverses of the triangular factors come block by
+block, and are multiplied.
 
 Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, section 14.2: block
 methods for triangular inverses; section 14.3.3: the inverse as the product of those of the
