@@ -111,8 +111,7 @@ WHAT: list[Case] = [
     ("coupled samples by products", lambda: linalg.trace(nn.BatchNorm1d(3), X), CouplingError,
      r"Use model\.eval\(\)"),
     ("a width that varies", lambda: linalg.svdvals(uneven, X, max_memory=1500), BatchAxisError,
-     r"the Jacobians of samples 2 to 3 are \[3\] x \[3\], those of samples before them \[2\] x "
-     r"\[3\]; f must return as many numbers for every sample"),
+     r"an output has \[2\] numbers for each sample in one chunk of samples, \[3\] in the next"),
     ("a width that varies in the Jacobian", lambda: jacobian_in_chunks(uneven, X, 2, 9),
      BatchAxisError, r"output changes its size from one chunk .* the first was \[4, 2, 3\], now it "
      r"is \[4, 3, 3\]"),
@@ -231,7 +230,7 @@ SINGULAR: list[Case] = [
     ("a model in chunks", lambda: linalg.inverse(torch.square, X, max_memory="1KiB"), LinAlgError,
      r"of 1 sample are singular in torch\.float32: 0 \(condition inf\)"),
     ("a model in the last chunk", lambda: linalg.inverse(torch.square, X.flip(0),
-     max_memory="1KiB"), LinAlgError, r"of 1 sample are singular in torch\.float32: 3 \(con"),
+     max_memory="2KiB"), LinAlgError, r"of 1 sample are singular in torch\.float32: 3 \(con"),
     ("NaN in the last chunk", lambda: linalg.pinv(torch.square, with_nan()[1].roll(1, 0),
      max_memory="1KiB"), LinAlgError, "of 1 sample hold NaN or inf: 1. Look"),
     ("hardly regularised", lambda: linalg.inverse(singular(1), regularisation=1e-40), LinAlgError,

@@ -5,7 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from batchjac.linalg.checks import limit
 from batchjac.linalg.factor import Damped, Factors, damped
+
+# A glance may fall short of a condition number by this factor.
+# Source: tests/test_linalg_accuracy.py, where it is never short by 100 on 10,000 matrices.
+_MISSED = 1e3
 
 Solve = Callable[[Tensor], Tensor]  # columns [n, i, k] to [n, i, k]
 
@@ -16,7 +21,28 @@ def norm(a: Tensor) -> Tensor:
 
 
 def of_factors(j: Tensor, factors: Factors) -> Tensor:
-    """The condition number of J, estimated with three solutions."""
+    """The condition number of J: a glance with one solution, an estimate where that is large."""
+    seen = glance(j, factors)
+    if bool((seen * _MISSED < limit(j.dtype)).all()):
+        return seen
+    return estimated(j, factors)
+
+
+def glance(j: Tensor, factors: Factors) -> Tensor:
+    """A lower bound on the condition number of J, from one solution with three vectors.
+
+    It misses a large one only where all three are nearly orthogonal to the same singular vector.
+    """
+    rows = j.shape[2]
+    at = torch.arange(rows, dtype=j.dtype, device=j.device)
+    start = torch.stack([torch.ones_like(at), _alternating(at), (1 + at * at).sin()], 1)
+    found = factors.solve(start.expand(len(j), -1, -1)).abs().sum(1) / start.abs().sum(0)
+    bound = norm(j) * found.amax(1)
+    return torch.where(factors.zero, float("inf"), bound)
+
+
+def estimated(j: Tensor, factors: Factors) -> Tensor:
+    """The condition number of J, with three solutions."""
     found = norm(j) * inverse_norm(
         factors.solve, lambda b: factors.solve(b, transposed=True), j.detach()
     )
@@ -45,8 +71,7 @@ def inverse_norm(solve: Solve, transposed: Solve, like: Tensor) -> Tensor:
     """
     rows = like.shape[2]
     at = torch.arange(rows, dtype=like.dtype, device=like.device)
-    alternating = (1 - 2 * (at % 2)) * (1 + at / max(1, rows - 1))
-    start = torch.stack([torch.full_like(at, 1 / rows), alternating], 1)
+    start = torch.stack([torch.full_like(at, 1 / rows), _alternating(at)], 1)
     first = solve(start.expand(len(like), -1, -1))
     sums = first.abs().sum(1)
     best = torch.maximum(sums[:, 0], 2 / (3 * rows) * sums[:, 1])
@@ -54,6 +79,10 @@ def inverse_norm(solve: Solve, transposed: Solve, like: Tensor) -> Tensor:
     steepest = transposed(signs).abs().argmax(1, keepdim=True)
     unit = torch.zeros_like(like[:, :, :1]).scatter_(1, steepest, 1)
     return torch.maximum(best, solve(unit).abs().sum((1, 2)))
+
+
+def _alternating(at: Tensor) -> Tensor:
+    return (1 - 2 * (at % 2)) * (1 + at / max(1, len(at) - 1))
 
 
 def damped_solution(j: Tensor, b: Tensor, regularisation: float) -> tuple[list[Tensor], Tensor]:

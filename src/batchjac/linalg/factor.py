@@ -107,22 +107,23 @@ def inverted(j: Tensor, factors: Factors | None = None) -> Tensor:
 
 
 class _LogDet(torch.autograd.Function):
-    """``log |det J|``, whose gradient by J is ``g J^-T``, from an inverse that has its history."""
+    """``log |det J|``, whose gradient by J is ``g J^-T``, from the same factors."""
 
     @staticmethod
-    def forward(ctx: Any, j: Tensor, logarithm: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return logarithm.clone()
+    def forward(ctx: Any, j: Tensor, found: Tensor, factors: Factors) -> Tensor:
+        ctx.save_for_backward(j)
+        ctx.factors = factors
+        return found.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return gradients[0][:, None, None] * x.mT, None, None
+        (j,) = ctx.saved_tensors
+        return gradients[0][:, None, None] * inverted(j, ctx.factors).mT, None, None
 
 
-def logarithm(j: Tensor, plain: Tensor, x: Tensor) -> Tensor:
-    """The same ``log |det J|``, differentiable by way of the inverse x."""
-    return _applied(_LogDet, j, plain, x)
+def logarithm(j: Tensor, found: Tensor, factors: Factors) -> Tensor:
+    """The same ``log |det J|`` that was found from these factors, differentiable."""
+    return _applied(_LogDet, j, found, factors)
 
 
 def determinant(factors: Factors) -> tuple[Tensor, Tensor]:

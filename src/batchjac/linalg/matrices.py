@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from batchjac.errors import BatchAxisError, InputError, InputTypeError
+from batchjac.errors import InputError, InputTypeError
 from batchjac.linalg.checks import Compute, Guard, check_dtype, check_square
 from batchjac.problem import Problem, pose
 from batchjac.recompute import recomputed
@@ -39,9 +39,6 @@ class Axes:
 
     out: tuple[int, ...]
     inner: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{list(self.out)} x {list(self.inner)}"
 
     def columns(self, name: str, b: Tensor, j: Tensor, first: int, count: int) -> Tensor:
         """The right sides of these samples as ``[n, o, k]``."""
@@ -94,12 +91,6 @@ def mapped(
 
     def some(solution: Solution, samples: slice) -> Sequence[Tensor]:
         j, axes = flattened(name, problem, solution)
-        if seen and axes != seen[0]:
-            raise BatchAxisError(
-                f"linalg.{name}: the Jacobians of samples {samples.start} to {samples.stop - 1} "
-                f"are {axes}, those of samples before them {seen[0]}; f must return as many "
-                "numbers for every sample, whichever come together. Pad and mask them"
-            )
         seen[:] = [axes]
         return then(j, axes, samples.start)
 
@@ -107,7 +98,7 @@ def mapped(
         solution = solve(problem, max_memory, None, valued=True)
         with torch.set_grad_enabled(problem.create_graph and torch.is_grad_enabled()):
             return some(solution, slice(0, problem.samples)), seen[0]
-    return recomputed(problem, some, max_memory, copies=_COPIES, valued=True), seen[0]
+    return recomputed(problem, some, max_memory, copies=_COPIES), seen[0]
 
 
 def right_side(name: str, f: Any, inputs: Any, b: Any) -> tuple[Any, Tensor]:
@@ -131,7 +122,9 @@ def using(
         if instead is not None:
             check_square(guard.name, j, instead)
         right = () if b is None else (axes.columns(guard.name, b, j, first, len(j)),)
-        return guard(j, first, compute, *right)
+        # what reads the function's tensors, where chunks are computed again, need not see this
+        with torch._C.DisableTorchFunction():
+            return guard(j, first, compute, *right)
 
     return then
 

@@ -31,11 +31,9 @@ def inverse_from(m: Tensor, pivots: Tensor) -> Tensor:
     The lower triangle of m is U^T, what is above the diagonal is L^T, whose diagonal is 1. So
     ``J^-1 = P (L^T)^-1 (U^T)^-1``.
     """
-    # hundreds of small operations, each of which would go through whatever looks on
-    with torch._C.DisableTorchFunction():
-        lower, upper = _blocks(m)
-        _join(m, lower, upper, 0, m.shape[1])
-        return _permuted(torch.bmm(upper, lower), pivots)
+    lower, upper = _blocks(m)
+    _join(m, lower, upper, 0, m.shape[1])
+    return _permuted(torch.bmm(upper, lower), pivots)
 
 
 def _blocks(m: Tensor) -> tuple[Tensor, Tensor]:
