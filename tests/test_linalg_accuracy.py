@@ -29,8 +29,16 @@ from batchjac.linalg.condition import estimated, glance
 from batchjac.linalg.factor import factorised
 
 WORST, C = 1e12, 8.0
-# matrices of each size: o x i, the last of them inverted by blocks
-SIZES = {(2, 2): 4000, (5, 5): 3200, (8, 8): 2500, (48, 48): 300, (3, 6): 1000, (7, 4): 1000}
+# matrices of each size: o x i; those of 32 and 64 rows are inverted by blocks
+SIZES = {
+    (2, 2): 4000,
+    (5, 5): 3200,
+    (8, 8): 2500,
+    (32, 32): 200,
+    (64, 64): 100,
+    (3, 6): 1000,
+    (7, 4): 1000,
+}
 
 
 def turned(count: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:

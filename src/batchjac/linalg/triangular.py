@@ -2,7 +2,7 @@
 
 LAPACK inverts them one after another, at a small part of the speed of a batched product: of 256
 matrices of 64 x 64 in float32 on one thread, the factors take 4 ms, solving with the identity
-another 11 to 16, and what is here 7 to 9. The inverses of the triangular factors come block by
+another 11 to 16, and what is here 7. The inverses of the triangular factors come block by
 block, and are multiplied.
 
 Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, section 14.2: block
@@ -13,85 +13,94 @@ factors, whose error bound is that of the other methods.
 import torch
 from torch import Tensor
 
-_LEAF = 8  # rows of the blocks on the diagonal, which are inverted element by element
-# Where it is faster than torch.linalg.inv. Source: timed at one thread, 16 to 256 rows and 16 to
-# 4096 matrices: 1.6 times at 64 rows, 1.4 at 128; level at 32 rows, and at 16 matrices of 64.
-_ROWS, _MATRICES = 48, 32
+_LEAF = 16  # rows of the blocks on the diagonal, which are inverted element by element
+_MATRICES = 32  # from so many on. Source: 16 matrices of 64 rows were level, 64 of 128 faster
 
 
 def pays(j: Tensor) -> bool:
-    """Whether the blocks are faster than LAPACK for these matrices."""
+    """Whether the blocks fit, and are faster than LAPACK, for these matrices."""
     n, rows, _ = j.shape
-    return j.device.type == "cpu" and n >= _MATRICES and rows >= _ROWS and rows % _LEAF == 0
+    blocks, rest = divmod(rows, _LEAF)
+    halves = rest == 0 and blocks > 1 and blocks & (blocks - 1) == 0
+    return j.device.type == "cpu" and n >= _MATRICES and halves
 
 
 def inverse_from(m: Tensor, pivots: Tensor) -> Tensor:
     """``J^-1`` from ``J^T = P L U``, given as ``m = (L U)^T`` in one array ``[N, n, n]``.
 
     The lower triangle of m is U^T, what is above the diagonal is L^T, whose diagonal is 1. So
-    ``J^-1 = P (L^T)^-1 (U^T)^-1``.
+    ``J^-1 = P (L^T)^-1 (U^T)^-1``. Both are inverted together, as lower triangles: U^T and L.
     """
-    lower, upper = _blocks(m)
-    _join(m, lower, upper, 0, m.shape[1])
-    return _permuted(torch.bmm(upper, lower), pivots)
+    x = _leaves(m)
+    while 2 * x.shape[3] < m.shape[1]:
+        x = _joined(x, m)
+    return _permuted(_product(*_halves(x, m)), pivots)
 
 
-def _blocks(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Both inverses, in the blocks on the diagonal alone; zeros elsewhere."""
+def _leaves(m: Tensor) -> Tensor:
+    """The inverses of the blocks on the diagonal, ``[2, blocks, N, 16, 16]``."""
     n, rows, _ = m.shape
-    shape = (n, rows // _LEAF, _LEAF, rows // _LEAF, _LEAF)
-    diagonal = m.view(shape).diagonal(dim1=1, dim2=3)  # [n, row, column, block]
-    # the upper ones as their transposes, so that all are lower; samples and blocks last
-    both = torch.stack([diagonal.permute(1, 2, 0, 3), diagonal.permute(2, 1, 0, 3)], 2)
-    for i in range(_LEAF):
-        both[i, i, 1] = 1
-    found = _substituted(both.flatten(2)).view(both.shape)
-    lower, upper = torch.zeros_like(m), torch.zeros_like(m)
-    lower.view(shape).diagonal(dim1=1, dim2=3).copy_(found[:, :, 0].permute(2, 0, 1, 3))
-    upper.view(shape).diagonal(dim1=1, dim2=3).copy_(found[:, :, 1].permute(2, 1, 0, 3))
-    return lower, upper
+    count = rows // _LEAF
+    diagonal = m.view(n, count, _LEAF, count, _LEAF).diagonal(dim1=1, dim2=3)  # [N, row, col, k]
+    both = m.new_empty(2, count, n, _LEAF, _LEAF)
+    both[0], both[1] = diagonal.permute(3, 0, 1, 2), diagonal.permute(3, 0, 2, 1)
+    last = both.view(-1, _LEAF * _LEAF).t().contiguous().view(_LEAF, _LEAF, -1)
+    last.diagonal(dim1=0, dim2=1)[last.shape[2] // 2 :] = 1
+    found = _substituted(last).view(_LEAF * _LEAF, -1)
+    return found.t().contiguous().view(2, count, n, _LEAF, _LEAF)
 
 
 def _substituted(t: Tensor) -> Tensor:
-    """Inverses of lower triangular ``[row, column, matrix]``, row by row."""
+    """Inverses of lower triangular ``[row, column, matrix]``, column by column of t."""
     x = torch.zeros_like(t)
-    for i in range(len(t)):
-        x[i, i] = 1
-        for j in range(i):
-            x[i, : j + 1].addcmul_(t[i, j], x[j, : j + 1], value=-1)
-        x[i, : i + 1].div_(t[i, i])
+    x.diagonal(dim1=0, dim2=1).fill_(1)
+    for k in range(len(t)):
+        done = x[k, : k + 1].div_(t[k, k])
+        x[k + 1 :, : k + 1].addcmul_(t[k + 1 :, k].unsqueeze(1), done.unsqueeze(0), value=-1)
     return x
 
 
-def _join(m: Tensor, lower: Tensor, upper: Tensor, start: int, stop: int) -> None:
-    """The rest of both inverses between these rows.
+def _halves(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbours x taken together: ``[A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]``.
 
-    ``[A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]``, and the same mirrored.
+    Its three parts, ``[matrices, b, b]`` each, in the order of x.
     """
-    if stop - start == _LEAF:
-        return
-    middle = start + (stop - start + _LEAF) // (2 * _LEAF) * _LEAF
-    one, two = slice(start, middle), slice(middle, stop)
-    _join(m, lower, upper, start, middle)
-    _join(m, lower, upper, middle, stop)
-    below = torch.bmm(m[:, two, one], lower[:, one, one])
-    lower[:, two, one] = torch.bmm(lower[:, two, two], below).neg_()
-    above = torch.bmm(m[:, one, two], upper[:, two, two])
-    upper[:, one, two] = torch.bmm(upper[:, one, one], above).neg_()
+    _, count, n, b, _ = x.shape
+    below = x.new_empty(2, count // 2, n, b, b)
+    for k in range(count // 2):
+        one, two = slice(2 * k * b, 2 * k * b + b), slice(2 * k * b + b, 2 * k * b + 2 * b)
+        below[0, k], below[1, k] = m[:, two, one], m[:, one, two].mT
+    first, last = x[:, 0::2].reshape(-1, b, b), x[:, 1::2].reshape(-1, b, b)
+    corner = torch.bmm(last, torch.bmm(below.view(-1, b, b), first)).neg_()
+    return first, corner, last
+
+
+def _joined(x: Tensor, m: Tensor) -> Tensor:
+    """Inverses of blocks of twice the size."""
+    _, count, n, b, _ = x.shape
+    first, corner, last = _halves(x, m)
+    out = x.new_zeros(len(first), 2 * b, 2 * b)
+    out[:, :b, :b], out[:, b:, :b], out[:, b:, b:] = first, corner, last
+    return out.view(2, count // 2, n, 2 * b, 2 * b)
+
+
+def _product(first: Tensor, corner: Tensor, last: Tensor) -> Tensor:
+    """``(L^-1)^T (U^T)^-1`` from the parts of U^T and of L, without their zeros."""
+    (a, at), (b, bt), (c, ct) = (p.unflatten(0, (2, -1)) for p in (first, corner, last))
+    n, half, _ = a.shape
+    out = a.new_empty(n, 2 * half, 2 * half)
+    out[:, :half, :half] = torch.baddbmm(torch.bmm(at.mT, a), bt.mT, b)
+    out[:, :half, half:] = torch.bmm(bt.mT, c)
+    out[:, half:, :half] = torch.bmm(ct.mT, b)
+    out[:, half:, half:] = torch.bmm(ct.mT, c)
+    return out
 
 
 def _permuted(y: Tensor, pivots: Tensor) -> Tensor:
-    """``P y``, where P stands for these swaps, the first of them outermost."""
+    """``P y``, where P stands for these swaps."""
     n, rows, _ = y.shape
-    swaps = (pivots.mT - 1).long()
-    order = torch.arange(rows, device=y.device).unsqueeze(1).repeat(1, n)
-    for k in range(rows):
-        here, there = order[k : k + 1].clone(), order.gather(0, swaps[k : k + 1])
-        order.scatter_(0, swaps[k : k + 1], here)
-        order[k : k + 1] = there
-    # row k of y goes to row order[k]; the other way round they can be taken whole
-    back = torch.empty_like(order).scatter_(
-        0, order, torch.arange(rows, device=y.device).unsqueeze(1).expand(rows, n)
-    )
-    flat = (back + rows * torch.arange(n, device=y.device)).mT.reshape(-1)
-    return y.reshape(n * rows, rows).index_select(0, flat).view_as(y)
+    p = torch.lu_unpack(y, pivots, unpack_data=False)[0]
+    order = (p @ torch.arange(rows, dtype=y.dtype, device=y.device)).long()  # row r is row order[r]
+    flat = (order + rows * torch.arange(n, device=y.device).unsqueeze(1)).flatten()
+    found: Tensor = y.view(n * rows, rows).index_select(0, flat).view_as(y)
+    return found
