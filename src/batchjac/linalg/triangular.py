@@ -88,7 +88,7 @@ def _product(first: Tensor, corner: Tensor, last: Tensor) -> Tensor:
     """``(L^-1)^T (U^T)^-1`` from the parts of U^T and of L, without their zeros."""
     (a, at), (b, bt), (c, ct) = (p.unflatten(0, (2, -1)) for p in (first, corner, last))
     n, half, _ = a.shape
-    out = a.new_empty(n, 2 * half, 2 * half)
+    out: Tensor = a.new_empty(n, 2 * half, 2 * half)
     out[:, :half, :half] = torch.baddbmm(torch.bmm(at.mT, a), bt.mT, b)
     out[:, :half, half:] = torch.bmm(bt.mT, c)
     out[:, half:, :half] = torch.bmm(ct.mT, b)
