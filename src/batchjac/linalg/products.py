@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from batchjac.errors import InputError, InputTypeError
+from batchjac.lazy import operator
 from batchjac.linalg.checks import check_dtype
 from batchjac.linalg.matrices import Axes, Options, given, posed
 from batchjac.maps import LinearMap
-from batchjac.operator import operator
 from batchjac.problem import differentiable
 
 _OPTIONS = ("of", "wrt", "outputs", "coupling", "create_graph", "max_memory", "batched")
