@@ -24,6 +24,7 @@ from batchjac.errors import (
     CouplingError,
     InputError,
     InputTypeError,
+    LinAlgError,
     MismatchError,
     NameNotFoundError,
     OutError,
@@ -31,6 +32,7 @@ from batchjac.errors import (
     StateError,
     UnsupportedError,
 )
+from batchjac.maps import LinearMap
 from tests.bad_inputs import EVERY, Bad, N, batch, linear, mlp
 
 pytestmark = [
@@ -51,6 +53,7 @@ BUILTIN: dict[type[BatchjacError], tuple[type[Exception], ...]] = {
     MismatchError: (ValueError,),
     UnsupportedError: (NotImplementedError,),
     StateError: (RuntimeError,),
+    LinAlgError: (torch.linalg.LinAlgError, RuntimeError),
 }
 
 
@@ -65,8 +68,10 @@ def test_bad_input_is_named(case: Bad) -> None:
 def test_every_error_class_has_a_case() -> None:
     classes = {c for _, c in inspect.getmembers(errors, inspect.isclass)
                if issubclass(c, BatchjacError)} - {BatchjacError}  # fmt: skip
-    # a plan refuses inputs of another kind: tests/test_planning.py
-    assert classes == set(BUILTIN) == {case.error for case in EVERY} | {MismatchError}
+    # a plan refuses inputs of another kind: tests/test_planning.py; singular Jacobians:
+    # tests/test_linalg_errors.py
+    elsewhere = {MismatchError, LinAlgError}
+    assert classes == set(BUILTIN) == {case.error for case in EVERY} | elsewhere
     assert issubclass(MismatchError, BUILTIN[MismatchError])
 
 
@@ -258,6 +263,13 @@ def test_budgets_as_text(text: str) -> None:
 SRC = Path(batchjac.__file__).parent
 OF_TORCH = set(inspect.signature(torch.utils.checkpoint.checkpoint).parameters)
 OF_THE_PUBLIC = set(inspect.signature(batchjac.jacobian).parameters)
+# What the other public functions take, and the methods of a linear map.
+OF_OTHERS = {
+    name
+    for owner in (batchjac, batchjac.linalg, LinearMap)
+    for _, function in inspect.getmembers(owner, inspect.isfunction)
+    for name in inspect.signature(function).parameters
+}
 QUOTED = re.compile(r"""(?<![\w.<>=!])([a-z_]+)=(?![=>])""")
 
 
@@ -287,7 +299,7 @@ def test_messages_quote_only_arguments_that_exist() -> None:
         for text in messages(ast.parse(path.read_text())):
             for name in QUOTED.findall(text):
                 quoted.setdefault(name, set()).add(path.name)
-    assert set(quoted) - OF_THE_PUBLIC - OF_TORCH == set(), quoted
+    assert set(quoted) - OF_THE_PUBLIC - OF_TORCH - OF_OTHERS == set(), quoted
     assert {"of", "wrt", "outputs", "coupling", "max_memory", "out", "batched"} <= set(quoted)
 
 

@@ -1,6 +1,7 @@
 """Every sample's own Jacobian, from one forward and one walk over the recorded graph."""
 
 from batchjac import errors as errors
+from batchjac import linalg as linalg
 from batchjac.api import jacobian as jacobian
 from batchjac.api import plan as plan
 from batchjac.api import value_and_jacobian as value_and_jacobian
@@ -8,4 +9,4 @@ from batchjac.lazy import operator as operator
 
 __version__ = "0.1.0"
 
-__all__ = ["errors", "jacobian", "operator", "plan", "value_and_jacobian"]
+__all__ = ["errors", "jacobian", "linalg", "operator", "plan", "value_and_jacobian"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from batchjac import verify
 from batchjac.capture import Capture, capture
 from batchjac.engines.sweep import Kernels
-from batchjac.errors import CouplingError
+from batchjac.errors import BatchAxisError, CouplingError
 from batchjac.graph import Graph
 from batchjac.independence import Proof, prove
 from batchjac.job import Job, jobs
@@ -101,6 +101,12 @@ class Values:
         """Add the values of the chunk just done to what is known of those before."""
         for index, y in outputs.items():
             before = self.ends.get(index)
+            if before is not None and before.shape[1:] != y.shape[1:]:
+                raise BatchAxisError(
+                    f"an output has {list(before.shape[1:])} numbers for each sample in one chunk "
+                    f"of samples, {list(y.shape[1:])} in the next; f must return as many for every "
+                    "sample, whichever come together: pad and mask"
+                )
             self.ends[index] = detached(y) if before is None else torch.cat([before, y.detach()])
 
     def border(self, stop: int, last: int, rows: int, most: int) -> None:

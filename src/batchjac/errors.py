@@ -11,12 +11,14 @@
     ├── CouplingError (RuntimeError)           outputs of one sample depend on another sample
     ├── BudgetError (RuntimeError)             max_memory is too small even for one row
     ├── StateError (RuntimeError)              the function did something the walk cannot undo
+    ├── LinAlgError (torch.linalg.LinAlgError) a Jacobian has no inverse, or a solution did not come
     └── UnsupportedError (NotImplementedError) not built yet, and what to use instead
 
 An exception raised by the user's own function is not wrapped: it arrives as it was thrown.
 """
 
 import torch
+from torch import Tensor
 
 
 class BatchjacError(Exception):
@@ -64,6 +66,20 @@ class BudgetError(BatchjacError, RuntimeError):
 
 class StateError(BatchjacError, RuntimeError):
     """The function changed something, or ran in a way, that cannot be followed or undone."""
+
+
+# torch's stubs do not know its own error
+class LinAlgError(BatchjacError, torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
+    """Jacobians of some samples have no answer: singular, not finite, or not converged.
+
+    ``samples`` are their numbers in the batch and ``measures`` what was found for each: condition
+    numbers, or residuals. NaN stands for a Jacobian that is not finite.
+    """
+
+    def __init__(self, message: str, samples: Tensor, measures: Tensor) -> None:
+        super().__init__(message)
+        self.samples: list[int] = samples.tolist()
+        self.measures: list[float] = measures.tolist()
 
 
 class UnsupportedError(BatchjacError, NotImplementedError):

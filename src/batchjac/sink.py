@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac.errors import OutError
+from batchjac.errors import BatchAxisError, OutError
 
 
 class Sink(ABC):
@@ -21,6 +21,15 @@ class Sink(ABC):
         self.shape = shape
         self.rows = rows
         self.wrote: Callable[[int], None] = lambda entries: None  # told how many, after each piece
+
+    def same(self, shape: tuple[int, ...], where: str) -> None:
+        """Refuse a chunk whose samples have a Jacobian of another shape."""
+        if shape != self.shape:
+            raise BatchAxisError(
+                f"output{where} changes its size from one chunk of samples to the next: the "
+                f"Jacobian of the first was {list(self.shape)}, now it is {list(shape)}. f must "
+                "return as many numbers for every sample, whichever come together: pad and mask"
+            )
 
     @abstractmethod
     def put(self, sample: int, row: int, piece: Tensor) -> None:

@@ -210,6 +210,8 @@ class _Run:
         if first:
             self._allocate(captured, work)
         for job in work:
+            for goal in job.goals:
+                self.sinks[goal.part].same(job.shape(goal), job.path)
             if self.by_engine:
                 self._engage(job)
             self._walk(job, captured, partial(self._check, job, captured))
