@@ -1,6 +1,8 @@
-"""``jax.jit(jax.vmap(jax.jacrev(f)))``, or ``jacfwd`` where that is faster."""
+"""``jax.jit(jax.vmap(jax.jacrev(f)))``, or ``jacfwd`` where that is faster; and a training step."""
 
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +11,9 @@ from jax import lax
 from jax import numpy as jnp
 from torch import Tensor, nn
 
-from benchmarks.translate import Compiled, forward, to_last
-from benchmarks.ways import Compute
+from benchmarks.steps import Added
+from benchmarks.translate import Compiled, array, forward, to_last
+from benchmarks.ways import Compute, NotWrittenError
 
 LETTERS = "DHW"
 
@@ -83,3 +86,59 @@ def prepare(model: nn.Module, x: Tensor) -> Compute:
         return lambda x: made(x).block_until_ready()
 
     return Compiled(model, jnp.asarray, compiler)
+
+
+def network(layer: nn.Module, weights: Iterator[Any], x: Any) -> Any:
+    """A chain of dense layers and residual blocks, its weights taken in the order they come."""
+    match layer:
+        case nn.Sequential():
+            for each in layer:
+                x = network(each, weights, x)
+            return x
+        case Added():
+            return x + network(layer.body, weights, x)
+        case nn.Linear():
+            return x @ next(weights).T + next(weights)
+        case nn.Tanh():
+            return jnp.tanh(x)
+    raise NotWrittenError(type(layer).__name__)
+
+
+def training_step(of: str, model: nn.Module, x: Tensor) -> Callable[[], tuple[Any, list[Any]]]:
+    """``jit(value_and_grad)`` of a step's loss, in the faster of both modes, compiled beforehand."""
+    weights, given = [jnp.asarray(array(p)) for p in model.parameters()], jnp.asarray(array(x))
+
+    def loss(jacobian: Any, weights: list[Any], x: Any) -> Any:
+        def one(sample: Any) -> Any:
+            y = network(model, iter(weights), sample)
+            return y, y
+
+        j, y = jax.vmap(jacobian(one, has_aux=True))(x)
+        if of == "inverse":
+            return ((y**2).sum(1) + (jnp.linalg.inv(j) ** 2).sum((1, 2))).mean()
+        return ((y**2).sum(1) / 2 - jnp.linalg.slogdet(j)[1]).mean()
+
+    def compiled(jacobian: Any, x: Any) -> Any:
+        step = jax.jit(jax.value_and_grad(partial(loss, jacobian)))
+        made = step.lower(weights, x).compile()
+        return lambda: jax.block_until_ready(made(weights, x))
+
+    few = given[:64]
+    best = min((jax.jacrev, jax.jacfwd), key=lambda j: fastest(compiled(j, few)))
+    call = compiled(best, given)
+
+    def step() -> tuple[Any, list[Any]]:
+        value, gradients = call()
+        return value, list(gradients)
+
+    return step
+
+
+def fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the best of five calls."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
