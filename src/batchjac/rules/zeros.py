@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def onto(zeros: Tensor, method: str, *args: Any) -> Tensor:
-    """``aten.scatter_(zeros, ...)`` or another that writes; a fresh tensor under autograd."""
+    """``zeros.scatter_(...)`` or another that writes; a fresh tensor under autograd.
+
+    The tensor's method, not ``aten.scatter``: where that has several overloads, each that does not
+    fit is refused with a message that prints the tensors, which takes longer than the walk.
+    """
     suffix = "" if torch.is_grad_enabled() else "_"
-    result: Tensor = getattr(torch.ops.aten, method + suffix)(zeros, *args)
+    result: Tensor = getattr(zeros, method + suffix)(*args)
     return result
