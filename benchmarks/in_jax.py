@@ -105,7 +105,7 @@ def network(layer: nn.Module, weights: Iterator[Any], x: Any) -> Any:
 
 
 def training_step(of: str, model: nn.Module, x: Tensor) -> Callable[[], tuple[Any, list[Any]]]:
-    """``jit(value_and_grad)`` of a step's loss, in the faster of both modes, compiled beforehand."""
+    """``jit(value_and_grad)`` of a step's loss, compiled beforehand, in the faster mode."""
     weights, given = [jnp.asarray(array(p)) for p in model.parameters()], jnp.asarray(array(x))
 
     def loss(jacobian: Any, weights: list[Any], x: Any) -> Any:

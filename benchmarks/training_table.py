@@ -52,7 +52,8 @@ def leads(step: dict[str, Any], data: dict[str, Any]) -> list[str]:
 
 def aim(what: str, value: float, target: float) -> str:
     """One line: reached or missed."""
-    return f"- {ratio(value)} {what}; aimed at {target:g}×: {'met' if value >= target else '**missed**'}."
+    said = "met" if value >= target else "**missed**"
+    return f"- {ratio(value)} {what}; aimed at {target:g}×: {said}."
 
 
 def report(data: dict[str, Any]) -> str:

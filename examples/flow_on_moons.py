@@ -1,6 +1,6 @@
 """A normalising flow trained by the exact log-determinant of its Jacobian.
 
-A flow is a network ``z = f(x)`` that has an inverse. If z is standard normal, then x has the density
+A flow is a network ``z = f(x)`` that has an inverse. If z is standard normal, x has the density
 
     log p(x) = log N(f(x); 0, 1) + log |det J(x)|,        J = ∂f/∂x,
 
@@ -16,7 +16,6 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -51,6 +50,7 @@ class Gradient(nn.Module):
 
 
 def flow(layers: int, width: int) -> nn.Module:
+    """Layers one after the other: no gradient any more, its Jacobian no longer symmetric."""
     torch.manual_seed(0)
     return nn.Sequential(*(Gradient(width) for _ in range(layers)))
 
@@ -64,6 +64,7 @@ def log_likelihood(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def moons(samples: int, seed: int) -> Tensor:
+    """Two half circles that clasp each other, ``[samples, 2]``."""
     x, _ = make_moons(samples, noise=NOISE, random_state=seed)
     return torch.tensor(x, dtype=torch.float32)
 
@@ -140,7 +141,9 @@ def draw_figure(model: nn.Module, drawn: Tensor, curve: list[float], found: Foun
     across, up = torch.linspace(-1.75, 2.75, 180), torch.linspace(-1.25, 1.75, 120)
     grid = torch.cartesian_prod(across, up)
     nats = log_likelihood(model, grid).detach().unflatten(0, (180, 120)).T
-    density.pcolormesh(across.numpy(), up.numpy(), nats.exp().numpy(), cmap="Blues", rasterized=True)
+    density.pcolormesh(
+        across.numpy(), up.numpy(), nats.exp().numpy(), cmap="Blues", rasterized=True
+    )
     square(density, "density of the flow")
     training.plot(smooth(curve), color="#c1272d", lw=1.2, label="the flow, in training")
     for value, name, style in (
@@ -149,7 +152,8 @@ def draw_figure(model: nn.Module, drawn: Tensor, curve: list[float], found: Foun
     ):
         training.axhline(value, color="black", ls=style, lw=1, label=f"{name}: {value:.2f}")
     training.set(title=f"on new data: {found.flow:.2f} nats", xlabel="step",
-                 ylabel="mean log-likelihood, nats", ylim=(found.gaussian - 0.5, found.truth + 0.3))  # fmt: skip
+                 ylabel="mean log-likelihood, nats")  # fmt: skip
+    training.set_ylim(found.gaussian - 0.5, found.truth + 0.3)
     training.legend(frameon=False, fontsize=9)
     training.spines[["top", "right"]].set_visible(False)
     return figure
@@ -161,6 +165,7 @@ def smooth(curve: list[float], window: int = 80) -> Tensor:
 
 
 def square(axes: Axes, title: str) -> None:
+    """The same frame for data, samples and density."""
     axes.set(title=title, xlim=(-1.75, 2.75), ylim=(-1.25, 1.75), aspect="equal")
 
 

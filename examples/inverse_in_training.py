@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 import batchjac
 
-DAMPING = 0.3
 RED = "#c1272d"
 Inverse = Callable[["Net", Tensor], Tensor]
 
 
 def pendulum(x: Tensor) -> Tensor:
-    """The velocity of angle and angular velocity, ``[N, 2]``, friction included."""
+    """The velocity of angle and angular velocity, ``[N, 2]``, with friction."""
     angle, speed = x.unbind(1)
-    return torch.stack([speed, -angle.sin() - DAMPING * speed], 1)
+    return torch.stack([speed, -angle.sin() - 0.3 * speed], 1)
 
 
 class Net(nn.Module):
@@ -41,14 +40,12 @@ class Net(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.block1 = Residual(
-            nn.Linear(2, width, bias=False), nn.Tanh(),
-            nn.Linear(width, width, bias=False), nn.Tanh(),
-            nn.Linear(width, 2, bias=False),
-        )  # fmt: skip
+        first, middle = nn.Linear(2, width, bias=False), nn.Linear(width, width, bias=False)
+        last = nn.Linear(width, 2, bias=False)
+        self.block1 = Residual(first, nn.Tanh(), middle, nn.Tanh(), last)
         self.motion = nn.Linear(2, 2, bias=False)
         # Begin as the pendulum near rest: J = 1, far from any that has no inverse.
-        nn.init.zeros_(self.block1[-1].weight)
+        nn.init.zeros_(last.weight)
         self.motion.weight.data = batchjac.jacobian(pendulum, torch.zeros(1, 2))[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +83,7 @@ def velocity(net: Net, x: Tensor, inverse: Inverse) -> Tensor:
 
 
 def loss_of(net: Net, x: Tensor, inverse: Inverse) -> Tensor:
+    """The mean squared error of the velocity."""
     return (velocity(net, x, inverse) - pendulum(x)).square().sum(1).mean()
 
 
@@ -106,8 +104,8 @@ def draw(samples: int, generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(samples, 2, generator=generator) - 1) * torch.tensor([2.0, 1.0])
 
 
-def train(steps: int, batch: int, inverse: Inverse) -> tuple[Net, Run]:
-    """Adam from the same beginning on the same samples, whichever way the inverse is made."""
+def train(steps: int, batch: int, inverse: Inverse, until: int) -> tuple[Net, Run]:
+    """The first steps of Adam's, on the same samples whichever way the inverse is made."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Net()
@@ -115,7 +113,7 @@ def train(steps: int, batch: int, inverse: Inverse) -> tuple[Net, Run]:
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses, seconds, start = [], [], time.perf_counter()
-    for _ in range(steps):
+    for _ in range(until):
         loss = loss_of(net, draw(batch, generator), inverse)
         optimizer.zero_grad()
         loss.backward()
@@ -126,25 +124,21 @@ def train(steps: int, batch: int, inverse: Inverse) -> tuple[Net, Run]:
     return net, Run(losses, seconds)
 
 
-def largest_difference(net: Net, samples: int) -> float:
+def largest_difference(net: Net, x: Tensor) -> float:
     """Between both ways in float64: of the loss, and of its gradient by every parameter."""
-    net = copy.deepcopy(net).double()
-    x = draw(samples, torch.Generator().manual_seed(2)).double()
+    net, x = copy.deepcopy(net).double(), x.double()
     found = []
     for inverse in (whole_batch, sample_by_sample):
         loss = loss_of(net, x, inverse)
         found.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
-    return max(float((a - b).detach().abs().max()) for a, b in zip(*found, strict=True))
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
 
 
-def follow(move: Callable[[Tensor], Tensor], x: Tensor, steps: int, dt: float = 0.05) -> Tensor:
-    """The path from ``x [N, 2]`` by Runge and Kutta's fourth order: ``[steps + 1, N, 2]``."""
-    path = [x]
-    for _ in range(steps):
-        a = move(x)
-        b = move(x + dt / 2 * a)
-        c = move(x + dt / 2 * b)
-        x = x + dt / 6 * (a + 2 * b + 2 * c + move(x + dt * c))
+def follow(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Six seconds of the path from ``x [N, 2]``, by the midpoint rule: ``[steps, N, 2]``."""
+    path, dt = [x], 0.02
+    for _ in range(300):
+        x = x + dt * move(x + dt / 2 * move(x)).detach()
         path.append(x)
     return torch.stack(path)
 
@@ -155,24 +149,22 @@ def draw_figure(net: Net, ours: Run, loop: Run) -> Figure:
     angle_speed, straight, clock = figure.subplots(1, 3)
     turn = torch.arange(4) * torch.pi / 2
     starts = torch.stack([1.4 * turn.cos(), 0.9 * turn.sin()], 1)
-    true = follow(pendulum, starts, 120)
-    learned = follow(lambda x: velocity(net, x, whole_batch).detach(), starts, 120)
-    for k in range(len(starts)):
-        angle_speed.plot(*true[:, k].T, color="black", lw=4, alpha=0.25)
-        angle_speed.plot(*learned[:, k].T, color=RED, lw=1.4)
-        straight.plot(*net.block1(true[:, k]).detach().T, color="black", lw=4, alpha=0.25)
-        straight.plot(*linear(net, true[0, k], 120).T, color=RED, lw=1.4)
+    true = follow(pendulum, starts)
+    learned = follow(lambda x: velocity(net, x, whole_batch), starts)
+    linear = follow(net.motion, net.block1(starts).detach())
+    known = net.block1(true).detach()
+    for axes, thick, thin in ((angle_speed, true, learned), (straight, known, linear)):
+        for k in range(len(starts)):
+            axes.plot(*thick[:, k].T, color="black", lw=4, alpha=0.25)
+            axes.plot(*thin[:, k].T, color=RED, lw=1.4)
     angle_speed.set(title="the pendulum", xlabel="angle, rad", ylabel="angular velocity, rad/s")
     straight.set(title="the same in the learned coordinates", xlabel="y₁", ylabel="y₂")
     straight.plot([], [], color="black", lw=4, alpha=0.25, label="the pendulum's motion")
     straight.plot([], [], color=RED, lw=1.4, label="linear motion, dy/dt = A y")
     figure.legend(loc="outside lower left", ncols=2, frameon=False)
-    for run, name, style in (
-        (loop, "sample by sample", {"color": "#4d4d4d", "lw": 3, "alpha": 0.6}),
-        (ours, "whole batch", {"color": RED, "lw": 1.0}),
-    ):
+    for run, name, colour in ((loop, "sample by sample", "#7d7d7d"), (ours, "whole batch", RED)):
         label = f"{name}: {len(run.losses)} steps, {1e3 * run.per_step:.3g} ms each"
-        clock.plot(run.seconds, run.losses, label=label, **style)
+        clock.plot(run.seconds, run.losses, color=colour, lw=1.4, label=label)
     clock.set(title="training", xlabel="seconds", xscale="log", yscale="log",
               ylabel="mean squared error of the velocity")  # fmt: skip
     clock.legend(frameon=False, fontsize=9, loc="upper right")
@@ -181,30 +173,23 @@ def draw_figure(net: Net, ours: Run, loop: Run) -> Figure:
     return figure
 
 
-def linear(net: Net, start: Tensor, steps: int, dt: float = 0.05) -> Tensor:
-    """``exp(A t) y``: the path of the linear motion from one state, ``[steps + 1, 2]``."""
-    times = dt * torch.arange(steps + 1)
-    flow = torch.linalg.matrix_exp(times[:, None, None] * net.motion.weight)
-    return (flow @ net.block1(start[None])[0]).detach()
-
-
-def main(out: Path, quick: bool = False) -> dict[str, float]:
-    """Train both ways, draw, and return what was found."""
+def main(out: Path, quick: bool = False) -> tuple[Net, Run, Run]:
+    """Train both ways, draw, and return the network and both trainings."""
     steps, looped, batch = (300, 3, 64) if quick else (3000, 60, 256)
-    net, ours = train(steps, batch, whole_batch)
-    off = largest_difference(net, 16)
+    net, ours = train(steps, batch, whole_batch, until=steps)
+    _, loop = train(steps, batch, sample_by_sample, until=looped)
+    off = largest_difference(net, draw(16, torch.Generator().manual_seed(2)))
     assert off < 1e-9, f"the loop and the batch differ by {off}"
-    _, loop = train(looped, batch, sample_by_sample)
-    ratio = loop.per_step / ours.per_step
     print(f"loss and gradients of both ways differ by {off:.0e} at most, in float64")
-    print(f"one step, {batch} samples: {1e3 * loop.per_step:.1f} ms sample by sample, "
-          f"{1e3 * ours.per_step:.1f} ms for the whole batch: {ratio:.0f} times faster")  # fmt: skip
+    print(
+        f"a step of {batch}: {1e3 * loop.per_step:.1f} ms sample by sample, "
+        f"{1e3 * ours.per_step:.1f} ms together, {loop.per_step / ours.per_step:.0f} times faster"
+    )
     print(f"error of the velocity: {ours.losses[0]:.3g} before, {ours.losses[-1]:.2g} after")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "inverse_in_training.png"
-    draw_figure(net, ours, loop).savefig(path, dpi=100)
-    print(f"see {path}")
-    return {"off": off, "ratio": ratio, "first": ours.losses[0], "last": ours.losses[-1]}
+    draw_figure(net, ours, loop).savefig(out / "inverse_in_training.png", dpi=100)
+    print(f"see {out / 'inverse_in_training.png'}")
+    return net, ours, loop
 
 
 if __name__ == "__main__":
