@@ -167,7 +167,7 @@ def draw_figure(net: Net, ours: Run, loop: Run) -> Figure:
         clock.plot(run.seconds, run.losses, color=colour, lw=1.4, label=label)
     clock.set(title="training", xlabel="seconds", xscale="log", yscale="log",
               ylabel="mean squared error of the velocity")  # fmt: skip
-    clock.legend(frameon=False, fontsize=9, loc="upper right")
+    clock.legend(frameon=False, fontsize=9, loc="lower left")
     for axes in (angle_speed, straight, clock):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
