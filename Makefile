@@ -40,6 +40,7 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.page
 
 docs: $(VENV)/.installed-dev

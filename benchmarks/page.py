@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, table
+from benchmarks import plots, table, training_table
 from benchmarks.table import Data, leads, number, ratio
 
 RESULTS = Path("benchmarks/results")
@@ -180,6 +180,9 @@ def page(results: Path, docs: Path) -> Path:
             )
         elif kind == "cuda":
             parts.append("## On a GPU\n\nNot measured; `python -m benchmarks --device cuda` does.")
+    steps = results / "training.json"
+    if steps.exists():
+        parts.append(training_table.section(json.loads(steps.read_text())))
     written = docs / "performance.md"
     written.write_text("\n\n".join(p.rstrip("\n") for p in parts) + "\n")
     return written

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import fresh
 from benchmarks.__main__ import environment
 from benchmarks.measure import COMPILING, PAUSE, TOLERANCE, seconds
-from benchmarks.steps import BUDGET, JAX, STEPS, WAYS, Step, Taken, row_loop, trained
+from benchmarks.steps import JAX, STEPS, WAYS, Step, Taken, row_loop, trained
 from benchmarks.training_table import report
 
 RESULT = Path("benchmarks/results/training.json")
@@ -50,13 +50,16 @@ def truth(step: Step, samples: int) -> Taken:
 
 def tensor(value: Any) -> Tensor:
     """A result of any library in float64."""
-    return value.double() if isinstance(value, Tensor) else torch.tensor(value.tolist()).double()
+    if isinstance(value, Tensor):
+        return value.detach().double()
+    return torch.tensor(value.tolist(), dtype=torch.float64)
 
 
 def off(taken: Taken, expected: Taken) -> float:
     """The largest difference in the loss or a gradient, by the largest entry of each."""
     pairs = zip((taken[0], *taken[1]), (expected[0], *expected[1]), strict=True)
-    return max(float((tensor(a) - b).abs().max() / b.abs().max()) for a, b in pairs)
+    differences = ((tensor(a) - tensor(b)).abs().max() / tensor(b).abs().max() for a, b in pairs)
+    return max(d.item() for d in differences)
 
 
 def alone(step: Step, way: str, samples: int, _: fresh.Say) -> Cell:
@@ -115,7 +118,7 @@ def measure(step: Step, ways: Sequence[str], options: Options) -> dict[str, Any]
         raise RuntimeError(f"{step.name}: {said[-1] if said else ended}")
     for way, times in said[-1].items():
         cells[way] |= {"times": times, "median": statistics.median(times)}
-    return {"step": step.name, "width": step.width, "of": step.of, "ways": cells}
+    return {"step": step.name, "of": step.of, "budget": step.budget, "ways": cells}
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -135,7 +138,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     ways = arguments.ways.split(";") if arguments.ways else list(WAYS)
     data: dict[str, Any] = {
         "environment": environment("cpu"), "timed": options.timed, "large": options.large,
-        "budget": BUDGET, "steps": [],
+        "steps": [],
     }  # fmt: skip
     for step in STEPS:
         if arguments.only in step.name:

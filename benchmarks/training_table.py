@@ -1,4 +1,4 @@
-"""The training steps as text: every way's time and memory, and our lead."""
+"""The training steps as text: every way's time and memory, what was aimed at, and the section."""
 
 from typing import Any
 
@@ -7,6 +7,22 @@ from benchmarks.table import Notes, failure, mebibytes, milliseconds, ratio, tab
 OURS, BOUNDED, JAX = "batchjac", "batchjac, max_memory", "JAX"
 TIMES, SMALLER = 3.0, 4.0  # aimed at: the best PyTorch way's time, and the least memory, by ours
 Cells = dict[str, Any]
+SECTION = """\
+## In training
+
+One step: value and Jacobian of a block, a function of the Jacobian, a loss, and the gradients of
+the loss by all parameters. Written by `python -m benchmarks.training`, which `make bench` runs
+after the cases above, on {processor}, threads: {threads}.
+
+- *inverse*: a block 64-128-64 with tanh, as in seed 5; the loss is the mean of |y|² + |J⁻¹|².
+- *flow*: two residual blocks 32-64-32 with tanh; the loss is the mean of |y|²/2 − log|det J|.
+
+batchjac is `linalg.inverse` and `linalg.slogdet` of the model with `create_graph=True`; and the
+same with `max_memory`, {budgets}. The others give a Jacobian to `torch.linalg`; JAX is
+`jit(value_and_grad)`. Every way's loss and gradients are those of a row loop in float64, to 10⁻³
+of the largest entry of each. All ways take turns in one process; the peak is the rise of resident
+memory in a process that did nothing before but eight samples. † one call of that process.
+"""
 
 
 def step_table(step: dict[str, Any], data: dict[str, Any], notes: Notes) -> str:
@@ -54,6 +70,17 @@ def aim(what: str, value: float, target: float) -> str:
     """One line: reached or missed."""
     said = "met" if value >= target else "**missed**"
     return f"- {ratio(value)} {what}; aimed at {target:g}×: {said}."
+
+
+def section(data: dict[str, Any]) -> str:
+    """The part of the page."""
+    steps = data["steps"]
+    budgets = ", ".join(f"{s['budget'] >> 20} MiB for the {s['step'].split(',')[0]}" for s in steps)
+    where = data["environment"]
+    head = SECTION.format(
+        threads=where["threads"], processor=where["processor"], budgets=budgets
+    )  # fmt: skip
+    return f"{head}\n{report(data)}"
 
 
 def report(data: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn import functional
 
 import batchjac
+from batchjac import linalg
 
 NOISE = 0.1
 
@@ -58,9 +59,8 @@ def flow(layers: int, width: int) -> nn.Module:
 def log_likelihood(model: nn.Module, x: Tensor) -> Tensor:
     """Nats of every sample, ``[N]``."""
     z, jacobian = batchjac.value_and_jacobian(model, x, create_graph=True)
-    return MultivariateNormal(torch.zeros(2), torch.eye(2)).log_prob(z) + (
-        torch.linalg.slogdet(jacobian).logabsdet
-    )
+    base = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    return base.log_prob(z) + linalg.slogdet(jacobian).logabsdet
 
 
 def moons(samples: int, seed: int) -> Tensor:
@@ -100,7 +100,7 @@ def solve(layer: nn.Module, z: Tensor, iterations: int = 50) -> Tensor:
     with torch.no_grad():
         for _ in range(iterations):
             y, jacobian = batchjac.value_and_jacobian(layer, x)
-            step = torch.linalg.solve(jacobian, z - y)
+            step = linalg.solve(jacobian, z - y)
             nearer = (z - layer(x + length * step)).norm(dim=1) < (z - y).norm(dim=1)
             x = torch.where(nearer[:, None], x + length * step, x)
             length = torch.where(nearer[:, None], (2 * length).clamp_max(1), length / 2)

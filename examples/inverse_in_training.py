@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import batchjac
+from batchjac import linalg
 
 RED = "#c1272d"
 Inverse = Callable[["Net", Tensor], Tensor]
@@ -63,7 +64,7 @@ class Residual(nn.Sequential):
 
 def whole_batch(net: Net, x: Tensor) -> Tensor:
     """The inverses for all samples at once, ``[N, 2, 2]``."""
-    return torch.linalg.inv(batchjac.jacobian(net.block1, x, create_graph=True))
+    return linalg.inverse(net, x, of="block1", create_graph=True)
 
 
 def sample_by_sample(net: Net, x: Tensor) -> Tensor:
