@@ -50,16 +50,14 @@ class Net(nn.Module):
         self.motion.weight.data = batchjac.jacobian(pendulum, torch.zeros(1, 2))[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.motion(self.block1(x))
-        return y
+        return self.motion(self.block1(x))
 
 
 class Residual(nn.Sequential):
     """``x + body(x)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + super().forward(x)
-        return y
+        return x + super().forward(x)
 
 
 def whole_batch(net: Net, x: Tensor) -> Tensor:

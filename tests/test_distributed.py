@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from batchjac import jacobian
@@ -61,9 +62,10 @@ def tensors(found: list[Any]) -> list[torch.Tensor]:
     return [torch.tensor(f, dtype=torch.float64) for f in found]
 
 
-def test_two_processes_share_a_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_memory", [0, 6000], ids=["whole", "in chunks"])
+def test_two_processes_share_a_batch(max_memory: int, tmp_path: Path) -> None:
     gradients, parameters = alone()
-    for found in in_two("shared", tmp_path):
+    for found in in_two("shared", tmp_path, max_memory):
         close(tensors(found["gradients"]), gradients)
         close(tensors(found["parameters"]), parameters)
     assert not torch.equal(parameters[0], next(processes.network().parameters()))

@@ -25,6 +25,12 @@ def ours(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return j
 
 
+def in_chunks(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What leads to J is computed again in the backward pass, some samples at a time."""
+    j: Tensor = jacobian(f, x, create_graph=True, max_memory=8_000)
+    return j
+
+
 def nested(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Row by row, for all samples at once."""
     if not x.requires_grad:
@@ -52,11 +58,27 @@ def gradients(model: nn.Module, x: Tensor, way: Jacobian) -> list[Tensor | None]
 
 
 def same_gradients(model: nn.Module, x: Tensor) -> None:
-    """Of two copies: some modules move a buffer at every forward."""
+    """Of copies: some modules move a buffer at every forward."""
     expected = gradients(copy.deepcopy(model), x, nested)
-    found = gradients(copy.deepcopy(model), x, ours)
     assert any(e is not None and e.abs().max() > 1e-3 for e in expected)
-    close(found, expected)
+    for way in (ours, in_chunks):
+        close(gradients(copy.deepcopy(model), x, way), expected)
+
+
+def test_chunks_are_computed_again() -> None:
+    """The budget of `in_chunks` is small enough for the tests below to be of it."""
+    model, x, calls = network(), batch(), []
+
+    def f(part: Tensor) -> Tensor:
+        calls.append(len(part))
+        y: Tensor = model(part)
+        return y
+
+    loss = loss_of(in_chunks(f, x))
+    before = len(calls)
+    loss.backward()
+    assert max(calls[-2:]) < len(x)
+    assert len(calls) > before
 
 
 # optimisers, plain loops
@@ -91,10 +113,11 @@ def trained(name: str, way: Jacobian, clip: float | None) -> tuple[list[Tensor],
     return [p.detach() for p in model.parameters()], losses
 
 
+@pytest.mark.parametrize("way", [ours, in_chunks])
 @pytest.mark.parametrize("clip", [None, 1e-3], ids=["", "clipped"])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_an_optimiser_takes_the_same_steps(name: str, clip: float | None) -> None:
-    found, losses = trained(name, ours, clip)
+def test_an_optimiser_takes_the_same_steps(name: str, clip: float | None, way: Jacobian) -> None:
+    found, losses = trained(name, way, clip)
     expected, _ = trained(name, nested, clip)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)  # Adam divides by small moments
@@ -191,8 +214,9 @@ def call(model: nn.Module, parameters: dict[str, Tensor]) -> Callable[[Tensor], 
     return f
 
 
+@pytest.mark.parametrize("way", [ours, in_chunks])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_through_the_steps_of_an_inner_training(steps: int) -> None:
+def test_through_the_steps_of_an_inner_training(steps: int, way: Jacobian) -> None:
     """Finn et al., 2017: the gradient of an outer loss goes through the inner steps."""
     model, inner, outer = network(), batch(), batch()
 
@@ -206,7 +230,7 @@ def test_through_the_steps_of_an_inner_training(steps: int) -> None:
         loss = loss_of(way(call(model, dict(zip(names, values, strict=True))), outer))
         return torch.autograd.grad(loss, begun, materialize_grads=True)
 
-    found, expected = meta(ours), meta(nested)
+    found, expected = meta(way), meta(nested)
     assert max(e.abs().max() for e in expected) > 1e-2
     close(found, expected)
 
@@ -222,6 +246,7 @@ def test_parameters_made_by_another_network() -> None:
         return torch.autograd.grad(loss_of(way(lambda t: f(t).sin(), x)), list(maker.parameters()))
 
     close(found(ours), found(nested))
+    close(found(in_chunks), found(nested))
 
 
 def test_by_the_parameters_of_a_call() -> None:
