@@ -27,7 +27,7 @@ def ours(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def in_chunks(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What leads to J is computed again in the backward pass, some samples at a time."""
-    j: Tensor = jacobian(f, x, create_graph=True, max_memory=8_000)
+    j: Tensor = jacobian(f, x, create_graph=True, max_memory=9_500 + 400 * len(x))
     return j
 
 
