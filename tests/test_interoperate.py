@@ -203,6 +203,32 @@ def test_power_iterations_go_on_beside_a_jacobian() -> None:
     assert not torch.equal(next(model.buffers()), before[next(iter(dict(model.named_buffers())))])
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["module", "function"])
+def test_every_chunk_begins_with_the_same_buffers(named: bool) -> None:
+    """A power iteration that has not converged moves the weights at every forward."""
+    model, x, sizes = spectral().train(), torch.randn(50, 3), []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+
+    def f(part: Tensor) -> Tensor:
+        sizes.append(len(part))
+        y: Tensor = model(part)
+        return y
+
+    expected = nested(copy.deepcopy(model), x)
+    found = jacobian(model if named else f, x, create_graph=True, max_memory=40_000)
+    close(found, expected)
+    assert named or max(sizes) < len(x)
+    weights = [p for n, p in model.named_parameters() if n != "2.bias"]  # J does not know it
+    begun = copy.deepcopy(model)
+    truth = [p for n, p in begun.named_parameters() if n != "2.bias"]
+    close(
+        torch.autograd.grad(loss_of(found), weights),
+        torch.autograd.grad(loss_of(nested(begun, x)), truth),
+    )
+
+
 # parameters that are passed in
 
 

@@ -61,6 +61,7 @@ class Task:
             heap = self._heap()
             for samples, number in zip(self.chunks, self.seeds, strict=True):
                 seed(number)
+                before.restore()
                 leaves = _cut(self.problem.tree.leaves, samples)
                 solution = self._solution(bare, samples, leaves)
                 compared(samples, solution)
@@ -133,6 +134,7 @@ class Task:
         with self.before.again(), remembered(self.problem.module):
             for samples, number in zip(self.chunks, self.seeds, strict=True):
                 seed(number)
+                self.before.restore()
                 found = self._again(samples, cotangents, wanted, history)
                 for k, gradient in found.items():
                     totals.add(k, samples, gradient)
