@@ -18,10 +18,11 @@ after the cases above, on {processor}, threads: {threads}.
 - *flow*: two residual blocks 32-64-32 with tanh; the loss is the mean of |y|²/2 − log|det J|.
 
 batchjac is `linalg.inverse` and `linalg.slogdet` of the model with `create_graph=True`; and the
-same with `max_memory`, {budgets}. The others give a Jacobian to `torch.linalg`; JAX is
-`jit(value_and_grad)`. Every way's loss and gradients are those of a row loop in float64, to 10⁻³
-of the largest entry of each. All ways take turns in one process; the peak is the rise of resident
-memory in a process that did nothing before but eight samples. † one call of that process.
+same with `max_memory` ({budgets}).
+The others give a Jacobian to `torch.linalg`; JAX is `jit(value_and_grad)`. Every way's loss and
+gradients are those of a row loop in float64, to 10⁻³ of the largest entry of each. All ways take
+turns in one process; the peak is the rise of resident memory in a process that did nothing before
+but eight samples. † one call of that process.
 """
 
 
