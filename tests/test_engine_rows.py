@@ -19,11 +19,12 @@ from batchjac.engines.rows import in_engine_order
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import CouplingError
 from batchjac.graph import edge_of, prune
-from batchjac.job import Job, jobs, need
+from batchjac.job import Job, jobs
 from batchjac.pace import USUAL, Pace
 from batchjac.problem import pose
 from batchjac.seeds import seeds
 from batchjac.testing import jacobian_in_chunks
+from batchjac.work import need
 from benchmarks.cases import named
 from tests.common import N, batch, close, full_truth, mlp
 from tests.routes import DEFAULTS, one_row_at_a_time, walk_by
@@ -349,12 +350,12 @@ def test_one_row_is_what_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = pose(model, x, **DEFAULTS)
     with capture(problem, slice(0, 64)) as captured:
         (job,) = jobs(problem, captured, slice(0, 64), Kernels())
-        together = batchjac.job.units([job])
+        together = batchjac.work.units([job])
         assert together == 4
         before = need([job], 64)
     one_row_at_a_time(monkeypatch)
     with capture(problem, slice(0, 64)) as captured:
         (job,) = jobs(problem, captured, slice(0, 64), Kernels())
-        assert batchjac.job.units([job]) == 1
-        assert batchjac.job.width([job]) == 4
+        assert batchjac.work.units([job]) == 1
+        assert batchjac.work.width([job]) == 4
         assert need([job], 64) == before  # of a chain, whose order is one

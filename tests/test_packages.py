@@ -51,6 +51,7 @@ ORDER = (
     "choose",
     "pace",
     "job",
+    "work",
     "history",
     "chosen",
     "verify",

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from batchjac import memory
 from batchjac.errors import BudgetError
-from batchjac.job import Job, shared, units
+from batchjac.job import Job
 from batchjac.memory import BLOCK, HELD, text
+from batchjac.work import shared, units
 
 # With a history all blocks stay, and factors beside them. Source: tests/test_memory.py,
 # whose cases stay below their budgets.

@@ -16,7 +16,7 @@ from batchjac.cost import Rates
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import MismatchError
 from batchjac.graph import let_go, taken_apart
-from batchjac.job import Goal, Job, jobs, need, reasons, units, width
+from batchjac.job import Goal, Job, jobs
 from batchjac.memory import Chunk
 from batchjac.plan import Plan, Prediction
 from batchjac.problem import Problem, pose
@@ -26,6 +26,7 @@ from batchjac.rules import registry
 from batchjac.sink import size
 from batchjac.state import untouched
 from batchjac.tree import Tree
+from batchjac.work import need, reasons, units, width
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from batchjac.capture import capture
 from batchjac.engines.sweep import Kernels
 from batchjac.errors import UnsupportedError
 from batchjac.graph import let_go, taken_apart
-from batchjac.job import jobs, need, width
+from batchjac.job import jobs
 from batchjac.memory import Chunk
 from batchjac.problem import Problem, differentiable
 from batchjac.sink import size
@@ -28,6 +28,7 @@ from batchjac.solution import Solution
 from batchjac.solve import solve
 from batchjac.state import remembered
 from batchjac.tree import Tree, emptied, flatten
+from batchjac.work import need, width
 
 
 def recomputed(

@@ -27,7 +27,7 @@ from batchjac.errors import (
 )
 from batchjac.graph import let_go, taken_apart
 from batchjac.independence import prove
-from batchjac.job import Goal, Job, jobs, need, reasons, units, width
+from batchjac.job import Goal, Job, jobs
 from batchjac.memory import Chunk
 from batchjac.plan import Plan
 from batchjac.problem import Problem, without_routes
@@ -36,6 +36,7 @@ from batchjac.solution import Solution, kept
 from batchjac.stand_in import count_nan
 from batchjac.state import redrawing, untouched
 from batchjac.tree import Tree
+from batchjac.work import need, reasons, units, width
 
 log = logging.getLogger("batchjac")
 
