@@ -39,7 +39,7 @@ class Jacobian(LinearMap):
         self._samples = problem.samples
         self._heap = memory.Heap()
         self._heap.allow(self._allowed)
-        self._room = memory.spare(self._allowed, 0) * (_BESIDE - 2) // _BESIDE
+        self._room = memory.spare(self._allowed, 0) * (_BESIDE - 3) // _BESIDE
         self._kept: Recording | None = None
         self._closed = self._halved = False
         few = self.samples

@@ -209,12 +209,14 @@ def near(ours: Tensor, theirs: Tensor, most: float) -> bool:
     return _off(ours, theirs) <= most * _size(theirs)
 
 
+@torch.no_grad()  # a script's own backward returns gradients with a history
 def _off(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference where both are finite."""
     finite = ours.isfinite() & theirs.isfinite()
     return float((ours - theirs)[finite].abs().max()) if finite.any() else 0.0
 
 
+@torch.no_grad()
 def _size(tensor: Tensor) -> float:
     """The largest finite entry."""
     return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0

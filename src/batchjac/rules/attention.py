@@ -194,12 +194,12 @@ def _change(s: _Shared, g: Tensor) -> Tensor:
 @forward(*NODES)
 def attention_forward(step: Step, blocks: Blocks) -> Any:
     """``ty`` of the equations above for each row."""
-    if not _covered(step) or step.saved("key").shape[1] != step.saved("query").shape[1]:
+    if not _covered(step):
         return NotImplemented
     shared = _shared(step)
     lead = (*step.saved("query").shape[:-1], step.saved("key").shape[-2])
     whole = [
-        None if b is None else (b if k < 3 else b.broadcast_to(lead)).full()
+        None if b is None else _each_query((b if k < 3 else b.broadcast_to(lead)).full(), lead[1])
         for k, b in enumerate(blocks)
     ]
     rows = next(b.rows for b in blocks if b is not None)
@@ -210,6 +210,11 @@ def attention_forward(step: Step, blocks: Blocks) -> Any:
     ]
     data = (found[0] if len(found) == 1 else torch.cat(found, 2)).unflatten(0, lead[:2])
     return first(step, Block(data.permute(3, 0, 1, 2, 4), step.shape))
+
+
+def _each_query(t: Tensor, heads: int) -> Tensor:
+    """Rows ``[v, n, h, ...]`` for every head of the queries: several may read one key's."""
+    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
 
 
 def _tangent(s: _Shared, tangents: list[Tensor | None]) -> Tensor:
