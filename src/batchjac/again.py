@@ -77,8 +77,9 @@ class Task:
 
     def recorded(self, results: list[Tensor]) -> list[Tensor]:
         """The same results, with a backward pass that computes them again."""
-        # torch leaves its apply untyped
-        found: tuple[Tensor, ...] = _Recomputed.apply(self, results, *self.tensors)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+            # torch leaves its apply untyped
+            found: tuple[Tensor, ...] = _Recomputed.apply(self, results, *self.tensors)  # type: ignore[no-untyped-call]
         return list(found)
 
     def _remember(self, seen: Seen) -> None:
@@ -252,6 +253,8 @@ class _Totals:
             if k not in self.sums:
                 self.sums[k] = gradient.new_zeros(self.samples, *gradient.shape[1:])
             self.sums[k][samples] = gradient
+        elif gradient.layout != torch.strided and not self.history:  # of a sparse embedding
+            self.sums[k] = self.sums[k] + gradient if k in self.sums else gradient.clone()
         elif k not in self.sums:
             # autograd may hand out one tensor twice, or an expanded one
             self.sums[k] = gradient if self.history else gradient.clone(memory_format=_PLAIN)
@@ -344,4 +347,13 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[2:]
-        return (None, None, *ctx.task.pulled(cotangents, wanted))
+        try:
+            return (None, None, *ctx.task.pulled(cotangents, wanted))
+        except RuntimeError as error:
+            if "inside torch.vmap" not in str(error):
+                raise
+            raise UnsupportedError(
+                "a Jacobian that is computed again in the backward pass takes one cotangent at a "
+                "time, not a batch of them (is_grads_batched, vmap); loop over them, or raise "
+                "max_memory so that its whole history fits"
+            ) from error

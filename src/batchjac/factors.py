@@ -251,7 +251,7 @@ def contracted(f: Factored, weights: Tensor) -> Tensor:
     letters = "gkc" if f.kernel_first else "gck"
     total = torch.zeros(())
     for k, pair in enumerate(f.pairs):
-        d = torch.einsum("vn,vngcp->ngcp", weights.to(pair.cotangent.dtype), pair.cotangent)
+        d = torch.einsum("vn,vngcp->ngcp", weights.to(pair.cotangent), pair.cotangent)
         part = torch.einsum(f"ngcp,ngkp->{letters}", d, pair.columns)
         total = part if k == 0 else total + part
     return total.reshape(f.shape)

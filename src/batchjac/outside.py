@@ -1,6 +1,7 @@
 """Tensors that a function reads besides its arguments: seen in one call, replaced in another."""
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -40,10 +41,11 @@ class _Arguments(TorchFunctionMode):
         self.made = made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _numbers(func):
-            args = tree_map_only(Tensor, self.change, args)
-            kwargs = tree_map_only(Tensor, self.change, kwargs or {})
-        result = func(*args, **(kwargs or {}))
+        if not _numbers(func):  # what it returns may be the tensor itself, which it did not make
+            return func(*args, **(kwargs or {}))
+        args = tree_map_only(Tensor, self.change, args)
+        kwargs = tree_map_only(Tensor, self.change, kwargs or {})
+        result = func(*args, **kwargs)
         self.made(result)
         return result
 
@@ -52,13 +54,18 @@ class _Arguments(TorchFunctionMode):
 def arguments(change: Change, made: Callable[[Any], None]) -> Iterator[None]:
     """Pass every tensor given to torch in this block through ``change``, every result to ``made``.
 
-    A user's ``autograd.Function`` is no function of torch's; its ``apply`` is replaced.
+    A user's ``autograd.Function`` is no function of torch's; its ``apply`` is replaced, for this
+    thread. It may write into containers that it is given, and autograd looks into none of them.
     """
     original = torch.autograd.Function.__dict__["apply"]
+    here = threading.get_ident()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original.__get__(None, cls)(*tree_map_only(Tensor, change, args), **kwargs)
-        made(result)
+        if threading.get_ident() == here:
+            args = tuple(change(a) if isinstance(a, Tensor) else a for a in args)
+        result = original.__get__(None, cls)(*args, **kwargs)
+        if threading.get_ident() == here:
+            made(result)
         return result
 
     # mypy forbids replacing a method; for the forward alone that is what is meant

@@ -1,5 +1,6 @@
 """The loop over chunks of samples: capture, check, fill; smaller again when memory runs out."""
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ def _solve(
         raise OutError("out= and create_graph=True exclude each other: a history needs new tensors")
     device = next(t.device for t in problem.tree.leaves if isinstance(t, Tensor))
     allowed = memory.budget(max_memory, device)
-    count_nan(problem)
+    if problem.around is contextlib.nullcontext:  # no chunk of a call that has looked already
+        count_nan(problem)
     with untouched(problem.module) as restore, taken_apart(restore):
         if not problem.batched and not verify.vmap_agrees(problem):
             problem = replace(problem, vmapped=False)

@@ -139,9 +139,13 @@ def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
         return _first_row_agrees(job, goals, sinks, most)
     if all(_off(ours, theirs) <= most * _size(theirs) for ours, theirs in pairs):
         return True
-    # Gradients that cancel (a sum over a normalised axis) are rounding of what was cancelled.
-    noise = 0.01 * most * _largest(job, cotangent)
-    return all(_off(ours, theirs) <= most * _size(theirs) + noise for ours, theirs in pairs)
+    rest = noise(job, cotangent)
+    return all(_off(ours, theirs) <= most * _size(theirs) + rest for ours, theirs in pairs)
+
+
+def noise(job: Job, cotangent: Tensor) -> float:
+    """What gradients that cancel (a sum over a normalised axis) may hold of what was cancelled."""
+    return 0.01 * tolerance(job) * _largest(job, cotangent.detach())
 
 
 def _differ_in_kind(ours: Tensor, theirs: Tensor) -> bool:
@@ -202,11 +206,11 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     return near(ours, theirs, _ROOT_EPS.get(ours.dtype, 1e-3))
 
 
-def near(ours: Tensor, theirs: Tensor, most: float) -> bool:
-    """Whether two tensors differ by at most this share of the largest entry."""
+def near(ours: Tensor, theirs: Tensor, most: float, beside: float = 0.0) -> bool:
+    """Whether two tensors differ by at most this share of the largest entry, and this beside it."""
     if _differ_in_kind(ours, theirs):
         return False
-    return _off(ours, theirs) <= most * _size(theirs)
+    return _off(ours, theirs) <= most * _size(theirs) + beside
 
 
 @torch.no_grad()  # a script's own backward returns gradients with a history
