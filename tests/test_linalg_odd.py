@@ -32,3 +32,27 @@ def test_a_map_that_couples_samples_has_no_matrix_for_each(
     a = batchjac.operator(nn.BatchNorm1d(3), torch.randn(N, 3), coupling="full")
     with pytest.raises(UnsupportedError, match="samples have no blocks of their own"):
         BY_PRODUCTS[name](made(a))
+
+
+@pytest.mark.parametrize("method", ["gmres", "cgls"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e-21, 1.0, 1e24])
+def test_an_iteration_is_the_same_for_right_sides_of_every_size(method: str, scale: float) -> None:
+    """And so are its gradients, which come from a right side of that size."""
+    j = (torch.randn(N, 5, 5) + 5 * torch.eye(5)).requires_grad_()
+    b = torch.randn(N, 5, 2)
+    b[1], b[2, :, 0], b[3, :, 1] = 0, 0, 1e-30 * b[3, :, 1]
+    x = linalg.solve(j, scale * b, method=method)
+    expected = linalg.solve(j.double(), (scale * b).double())
+    near(x.double() / scale, expected / scale)
+    weight = scale * torch.randn(N, 5, 2)  # whose product with x is scale squared
+    own = linalg.solve(j, b, method=method)
+    found = torch.autograd.grad(own, j, weight)[0]
+    truth = torch.autograd.grad(linalg.solve(j.double(), b.double()), j, weight.double())[0]
+    near(found.double() / scale, truth.double() / scale)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    """To the default tolerance of an iteration in float32, 2e-5, times a small condition number;
+    every column by its own size."""
+    size = expected.abs().amax(1, keepdim=True)
+    assert ((found - expected).abs() <= 5e-4 * size).all()

@@ -42,9 +42,13 @@ class Task:
     def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """The solution without a history, and which samples have none: zeros, or an error."""
         with torch.no_grad():
-            found = SOLVERS[self.method](self.products, b, self.tolerance, self.most)
+            largest = b.abs().amax(1, keepdim=True)
+            zero = largest == 0
+            # squares of very small numbers are zero, and of very large ones infinite
+            size = torch.where(zero, 1, largest)
+            found = SOLVERS[self.method](self.products, b / size, self.tolerance, self.most)
             # a product with zero is NaN where J holds that
-            x = torch.where((b == 0).all(1, keepdim=True), 0, found.x)
+            x = torch.where(zero, 0, found.x * size)
         bad = ~(found.residual <= self.tolerance).all(1)
         if not bad.any():
             return x, bad
