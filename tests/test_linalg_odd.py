@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import batchjac
 from batchjac import linalg
-from batchjac.errors import UnsupportedError
+from batchjac.errors import LinAlgError, UnsupportedError
 
 N = 4
 
@@ -56,3 +56,29 @@ def near(found: Tensor, expected: Tensor) -> None:
     every column by its own size."""
     size = expected.abs().amax(1, keepdim=True)
     assert ((found - expected).abs() <= 5e-4 * size).all()
+
+
+def rotated(diagonal: Tensor) -> Tensor:
+    """``Q diag Q^T``, in which rounding leaves no zero."""
+    q = torch.linalg.qr(torch.randn(N, len(diagonal), len(diagonal), dtype=diagonal.dtype))[0]
+    return (q * diagonal) @ q.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_logdet_of_a_numerically_singular_jacobian_is_refused(dtype: torch.dtype) -> None:
+    j = rotated(torch.tensor([1, 2, 3, 4, 5, 6], dtype=dtype))
+    j[2] = rotated(torch.tensor([1, 2, 3, 4, 5, 0], dtype=dtype))[0]
+    with pytest.raises(LinAlgError, match="the Jacobians of samples 2 are singular") as caught:
+        linalg.logdet(j)
+    assert caught.value.samples == [2]
+    with pytest.raises(LinAlgError) as exact:
+        linalg.slogdet(j)
+    assert exact.value.samples == [2]
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_the_logdet_of_a_small_or_large_jacobian_is_not(scale: float) -> None:
+    """Also where the space closes early, and what fills it up is of another size than J."""
+    j = scale * torch.diag_embed(torch.tensor([[2.0, 2, 2, 2], [2, 2, 5, 5], [1, 2, 3, 4]]))
+    value, _ = linalg.logdet(j)
+    torch.testing.assert_close(value, j.diagonal(dim1=1, dim2=2).log().sum(1))

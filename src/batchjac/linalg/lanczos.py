@@ -41,7 +41,8 @@ def _form(a: Products, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """B ``[N, k, m, m]``, U ``[m, N, n, k]``, and which of its vectors are none, ``[N, k, m]``.
 
     Orthogonalised against all before, twice. Where a space is closed before ``m`` steps, the rest
-    of B is an identity apart from what came before: nothing weighs there, and its logarithm is 0.
+    of B is ``|J v|`` of the first vector times an identity, apart from what came before: nothing
+    weighs there, and it lies between the singular values, whose spread says if J is singular.
     """
     size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     v = z / size
@@ -54,7 +55,7 @@ def _form(a: Products, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         alpha = torch.linalg.vector_norm(p, dim=1, keepdim=True)
         none = torch.linalg.vector_norm(v, dim=1, keepdim=True) == 0
         left.append(torch.where(none, 0, p / torch.where(alpha == 0, 1, alpha)))
-        alphas.append(torch.where(none, 1, alpha))
+        alphas.append(torch.where(none, alphas[0] if alphas else 1, alpha))
         dead.append(none)
         r = _outside(a.times_transposed(left[-1]), right)
         beta = torch.linalg.vector_norm(r, dim=1, keepdim=True)
@@ -81,7 +82,8 @@ def _last(parts: list[Tensor]) -> Tensor:
 
 
 def _refuse_singular(value: Tensor, s: Tensor) -> None:
-    bad = ~value.isfinite().all(1)
+    least = torch.finfo(s.dtype).eps * s.amax((1, 2))  # 1/eps on, as Guard has it
+    bad = ~value.isfinite().all(1) | (s.amin((1, 2)) <= least)
     if bad.any():
         at = bad.nonzero().flatten()
         smallest = s.amin((1, 2))[at]
