@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import batchjac
 from batchjac import linalg
 from batchjac.errors import LinAlgError, UnsupportedError
+from batchjac.linalg.condition import estimated, glance, of_factors
+from batchjac.linalg.factor import factorised
 
 N = 4
 
@@ -82,3 +84,21 @@ def test_the_logdet_of_a_small_or_large_jacobian_is_not(scale: float) -> None:
     j = scale * torch.diag_embed(torch.tensor([[2.0, 2, 2, 2], [2, 2, 5, 5], [1, 2, 3, 4]]))
     value, _ = linalg.logdet(j)
     torch.testing.assert_close(value, j.diagonal(dim1=1, dim2=2).log().sum(1))
+
+
+def test_only_samples_that_need_an_estimate_have_one() -> None:
+    """The others keep the glance; those that have one have that of themselves alone."""
+    j = torch.randn(6, 3, 3) + 5 * torch.eye(3)
+    j[1], j[4] = torch.diag(torch.tensor([3e-5, 1, 2])), torch.diag(torch.tensor([1, 0, 1.0]))
+    factors = factorised(j)
+    found, seen = of_factors(j, factors), glance(j, factors)
+    estimate = estimated(j, factors)
+    need, others = [1, 4], [0, 2, 3, 5]
+    torch.testing.assert_close(found[need], estimate[need])
+    assert found[4] == float("inf")
+    assert torch.equal(found[others], seen[others])
+    assert not torch.equal(seen[others], estimate[others])
+    few = of_factors(j[others], factorised(j[others]))
+    torch.testing.assert_close(few, seen[others])
+    every = of_factors(j[need], factorised(j[need]))
+    torch.testing.assert_close(every, estimate[need])

@@ -23,9 +23,13 @@ def norm(a: Tensor) -> Tensor:
 def of_factors(j: Tensor, factors: Factors) -> Tensor:
     """The condition number of J: a glance with one solution, an estimate where that is large."""
     seen = glance(j, factors)
-    if bool((seen * _MISSED < limit(j.dtype)).all()):
+    at = (~(seen * _MISSED < limit(j.dtype))).nonzero().flatten()  # a NaN is no small number
+    if len(at) == 0:
         return seen
-    return estimated(j, factors)
+    if len(at) == len(j):
+        return estimated(j, factors)
+    some = Factors(factors.lu[at], factors.pivots[at], factors.zero[at])
+    return seen.index_copy(0, at, estimated(j.detach()[at], some))
 
 
 def glance(j: Tensor, factors: Factors) -> Tensor:
