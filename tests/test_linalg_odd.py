@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import batchjac
 from batchjac import linalg
-from batchjac.errors import LinAlgError, UnsupportedError
+from batchjac.errors import (
+    BatchjacError,
+    InputError,
+    InputTypeError,
+    LinAlgError,
+    UnsupportedError,
+)
 from batchjac.linalg.condition import estimated, glance, of_factors
 from batchjac.linalg.factor import factorised
 
@@ -102,3 +110,75 @@ def test_only_samples_that_need_an_estimate_have_one() -> None:
     torch.testing.assert_close(few, seen[others])
     every = of_factors(j[need], factorised(j[need]))
     torch.testing.assert_close(every, estimate[need])
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x + 0.1 * x.roll(1, 1)
+
+
+def wider(x: Tensor) -> Tensor:
+    return twice(x).double()
+
+
+X, B = torch.arange(12.0).view(N, 3), torch.ones(N, 3)
+A = batchjac.operator(twice, X)
+FULL = torch.eye(3).repeat(N, 1, 1)
+MATRICES = r"needs the matrices themselves.*pass A\.matrix\(\), \[4, 3, 3\] here"
+MIXED = r"by products needs inputs and outputs of one dtype, got torch\.float32 to torch\.float64"
+SAID: list[tuple[str, Callable[[], Any], type[BatchjacError], str]] = [
+    ("solve of a map", lambda: linalg.solve(A, b=B), InputTypeError,
+     rf'linalg\.solve {MATRICES}, or method="gmres" or "cgls"'),
+    ("b second", lambda: linalg.solve(A, B), InputTypeError, rf"linalg\.solve {MATRICES}"),
+    ("slogdet of a map", lambda: linalg.slogdet(A), InputTypeError,
+     rf"linalg\.slogdet {MATRICES}, or linalg\.logdet"),
+    *[
+        (f"{name} of a map", lambda f=f: f(A), InputTypeError, rf"linalg\.{name} {MATRICES}$")
+        for name, f in [
+            ("inverse", linalg.inverse), ("pinv", linalg.pinv), ("svdvals", linalg.svdvals),
+            ("condition", linalg.condition), ("lstsq", lambda a: linalg.lstsq(a, B)),
+        ]
+    ],
+    ("no b for a map", lambda: linalg.solve(A, method="gmres"), InputTypeError,
+     r"linalg\.solve needs a tensor b: solve\(f, inputs, b\) or solve\(A, b\); got NoneType"),
+    ("b of more samples", lambda: linalg.solve(FULL, B.repeat(2, 1)), InputError,
+     r"linalg\.solve: b is of 8 samples, the Jacobians are of 4; pass one"),
+    ("b of more samples by products", lambda: linalg.solve(A, B.repeat(2, 1), method="gmres"),
+     InputError, r"linalg\.solve: b is of 8 samples, the Jacobians are of 4; pass one"),
+    ("b of more samples of lstsq", lambda: linalg.lstsq(FULL, B.repeat(2, 1)), InputError,
+     r"linalg\.lstsq: b is of 8 samples, the Jacobians are of 4; pass one"),
+    ("two dtypes in trace", lambda: linalg.trace(wider, X), InputTypeError,
+     rf"linalg\.trace {MIXED}"),
+    ("two dtypes in solve", lambda: linalg.solve(wider, X, B, method="gmres"), InputTypeError,
+     rf"linalg\.solve {MIXED}; convert one of them, as lambda x: f\(x\)\.to\(x\.dtype\)"),
+    ("two dtypes of a map", lambda: linalg.logdet(batchjac.operator(wider, X)), InputTypeError,
+     rf"linalg\.logdet {MIXED}"),
+    ("NaN of NumPy", lambda: linalg.inverse(FULL, regularisation=np.float32("nan")), InputError,
+     "regularisation must be zero or positive, and finite, got nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAID, ids=lambda c: c[0])
+def test_what_is_refused_is_named(
+    case: tuple[str, Callable[[], Any], type[BatchjacError], str],
+) -> None:
+    _, call, error, says = case
+    with pytest.raises(error, match=says) as caught:
+        call()
+    assert caught.type is error
+
+
+@pytest.mark.parametrize("method", ["gmres", "cgls"])
+def test_b_is_the_second_argument_beside_a_map(method: str) -> None:
+    torch.testing.assert_close(linalg.solve(A, B, method=method), linalg.solve(A.matrix(), B),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), Fraction(1, 2)])
+def test_numbers_of_other_kinds_are_numbers(number: Any) -> None:
+    j = torch.diag_embed(torch.tensor([[1.0, 0.25]])).requires_grad_()
+    expected = linalg.inverse(j, regularisation=0.5)
+    torch.testing.assert_close(linalg.inverse(j, regularisation=number), expected)
+    cut = linalg.pinv(j, rtol=number)
+    assert isinstance(cut, Tensor)
+    assert torch.equal(cut, linalg.pinv(j, rtol=0.5))
+    assert cut.requires_grad

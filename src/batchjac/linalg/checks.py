@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real  # also NumPy's
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ def check_square(name: str, j: Tensor, instead: str) -> None:
 
 def check_regularisation(value: float) -> float:
     """A number that is added to the diagonal, zero for none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"regularisation must be a number, got {type(value).__name__}")
     if not 0 <= value < float("inf"):
         raise InputError(f"regularisation must be zero or positive, and finite, got {value}")
@@ -62,7 +63,7 @@ def check_cut(rtol: float | None, regularisation: float) -> None:
     """Refuse a cut-off that is none."""
     if rtol is None:
         return
-    if isinstance(rtol, bool) or not isinstance(rtol, int | float):
+    if isinstance(rtol, bool) or not isinstance(rtol, Real):
         raise InputTypeError(f"rtol must be a number or None, got {type(rtol).__name__}")
     if not 0 <= rtol < 1:
         raise InputError(f"rtol is a part of the largest singular value, 0 <= rtol < 1, got {rtol}")
@@ -72,7 +73,7 @@ def check_cut(rtol: float | None, regularisation: float) -> None:
 
 def cut(j: Tensor, rtol: float | None) -> float:
     """The part of the largest singular value up to which others count as zero."""
-    return max(j.shape[1:]) * torch.finfo(j.dtype).eps if rtol is None else rtol
+    return max(j.shape[1:]) * torch.finfo(j.dtype).eps if rtol is None else float(rtol)
 
 
 def bounded(result: Tensor) -> tuple[list[Tensor], Tensor]:

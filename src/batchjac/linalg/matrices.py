@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchjac.errors import InputError, InputTypeError
 from batchjac.linalg.checks import Compute, Guard, check_dtype, check_square
+from batchjac.maps import LinearMap
 from batchjac.problem import Problem, pose
 from batchjac.recompute import recomputed
 from batchjac.solution import Solution
@@ -57,10 +58,13 @@ class Axes:
             )
         return part.reshape(count, math.prod(self.out), -1)
 
-    def solution(self, x: Tensor, b: Tensor) -> Tensor:
+    def solution(self, name: str, x: Tensor, b: Tensor) -> Tensor:
         """Solutions ``[N, i, k]`` with the axes of inputs; without k where b has none."""
         if len(b) != len(x):
-            raise InputError(f"b is of {len(b)} samples, the Jacobians are of {len(x)}")
+            raise InputError(
+                f"linalg.{name}: b is of {len(b)} samples, the Jacobians are of {len(x)}; pass one "
+                "right side for each"
+            )
         many = b.dim() > 1 + len(self.out)
         return x.reshape(len(x), *self.inner, *((x.shape[2],) if many else ()))
 
@@ -68,6 +72,9 @@ class Axes:
 # Tensors of the size of the Jacobian that stay for a backward, or are there at once without one:
 # factors, their inverses and a product; of the singular values the vectors of both sides.
 _COPIES = 5
+
+# What takes a linear map as it is.
+_BY_PRODUCTS = {"solve": ', or method="gmres" or "cgls"', "slogdet": ", or linalg.logdet"}
 
 # From Jacobians [n, o, i] with these axes, of samples ``first`` and on, to tensors with these
 # samples first.
@@ -81,6 +88,11 @@ def mapped(
     if isinstance(f, Tensor):
         j, axes = given(name, f, inputs, output_axes, options)
         return then(j, axes, 0), axes
+    if isinstance(f, LinearMap):
+        raise InputTypeError(
+            f"linalg.{name} needs the matrices themselves, and a linear map has products; pass "
+            f"A.matrix(), {list(f.shape)} here{_BY_PRODUCTS.get(name, '')}"
+        )
     if output_axes is not None:
         raise InputError(
             f"linalg.{name}: output_axes= says which axes of a given J are outputs; those of "
@@ -102,12 +114,13 @@ def mapped(
 
 
 def right_side(name: str, f: Any, inputs: Any, b: Any) -> tuple[Any, Tensor]:
-    """The inputs and b; with given Jacobians b is the second argument."""
-    if isinstance(f, Tensor) and b is None:
+    """The inputs and b; with given Jacobians, or a linear map, b is the second argument."""
+    if isinstance(f, Tensor | LinearMap) and b is None:
         inputs, b = None, inputs
     if not isinstance(b, Tensor):
+        given = "A" if isinstance(f, LinearMap) else "J"
         raise InputTypeError(
-            f"linalg.{name} needs a tensor b: {name}(f, inputs, b) or {name}(J, b); got "
+            f"linalg.{name} needs a tensor b: {name}(f, inputs, b) or {name}({given}, b); got "
             f"{type(b).__name__}"
         )
     return inputs, b

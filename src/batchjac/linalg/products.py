@@ -120,6 +120,12 @@ def system(name: str, f: Any, inputs: Any, output_axes: int | None, options: Opt
             f"[N, *out]; got {a.inputs.words} to {a.outputs.words}"
         )
     like = torch.empty(0, dtype=a.dtype, device=a.device)
+    check_dtype(name, like)
+    if a.inputs.dtype != a.dtype:
+        raise InputTypeError(
+            f"linalg.{name} by products needs inputs and outputs of one dtype, got {a.inputs.dtype}"
+            f" to {a.dtype}; convert one of them, as lambda x: f(x).to(x.dtype)"
+        )
     history = bool(getattr(getattr(a, "problem", None), "create_graph", isinstance(f, LinearMap)))
     axes = Axes(tuple(out[0].inner), tuple(into[0].inner))
     found = System(Lazy(a), a.samples, axes, a.shape[1], like, history, ends)

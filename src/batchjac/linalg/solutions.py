@@ -39,8 +39,8 @@ def solve(
 ) -> Tensor:
     """The x with ``J x = b`` for the Jacobian J of every sample, which is not inverted for it.
 
-    Arguments not listed, and other errors, are those of ``inverse``. With given Jacobians b is the
-    second argument: ``solve(J, b)``.
+    Arguments not listed, and other errors, are those of ``inverse``. With given Jacobians, or
+    a linear map, b is the second argument: ``solve(J, b)``.
 
     Args:
         f: Also a linear map, as ``batchjac.operator`` makes, for ``"gmres"`` and ``"cgls"``.
@@ -102,7 +102,7 @@ def solve(
     inputs, b = right_side("solve", f, inputs, b)
     then = using(Guard("solve", on_singular), compute, instead, b)
     (x,), axes = mapped("solve", f, inputs, output_axes, options, then)
-    return axes.solution(x, b)
+    return axes.solution("solve", x, b)
 
 
 def lstsq(
@@ -151,7 +151,7 @@ def lstsq(
     inputs, b = right_side("lstsq", f, inputs, b)
     then = using(Guard("lstsq", on_singular), compute, None, b)
     (x,), axes = mapped("lstsq", f, inputs, output_axes, options, then)
-    return axes.solution(x, b)
+    return axes.solution("lstsq", x, b)
 
 
 @dataclass(frozen=True)
@@ -192,4 +192,4 @@ def _by_products(
     task = accuracy.task(found)
     right = found.axes.columns("solve", b, found.like, 0, found.samples)
     x = implicit(task, right) if found.history else marked(*task.solve(right.detach()))
-    return found.axes.solution(x, b)
+    return found.axes.solution("solve", x, b)
