@@ -62,8 +62,10 @@ def test_an_iteration_is_the_same_for_right_sides_of_every_size(method: str, sca
 
 
 def near(found: Tensor, expected: Tensor) -> None:
-    """To the default tolerance of an iteration in float32, 2e-5, times a small condition number;
-    every column by its own size."""
+    """Every column by its own size.
+
+    To the default tolerance of an iteration in float32, 2e-5, times a small condition number.
+    """
     size = expected.abs().amax(1, keepdim=True)
     assert ((found - expected).abs() <= 5e-4 * size).all()
 

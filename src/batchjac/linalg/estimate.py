@@ -58,7 +58,8 @@ def trace(
 
     Raises:
         InputError: J is not square, or there are too few probes.
-        InputTypeError: float16, bfloat16 or complex.
+        InputTypeError: float16, bfloat16 or complex; or outputs of another dtype than inputs.
+        UnsupportedError: A linear map made with ``coupling="full"``.
 
     Cost:
         One forward, and one product for each probe.
@@ -130,9 +131,11 @@ def logdet(
         with ``"lanczos"`` once, by ``J^-T`` estimated from the same vectors.
 
     Raises:
-        LinAlgError: With ``"power"``, samples whose G is no contraction: a vector grew.
+        LinAlgError: With ``"power"``, samples whose G is no contraction: a vector grew. With
+            ``"lanczos"``, J whose condition number is seen to be 1/eps or more; with fewer steps
+            than rows it may go unseen.
         InputError, InputTypeError: As ``trace``.
-        UnsupportedError: In a backward with ``create_graph=True``, of ``"lanczos"``.
+        UnsupportedError: As ``trace``; in a backward with ``create_graph=True``, of ``"lanczos"``.
 
     Cost:
         One forward; with ``"lanczos"`` 2 ``steps`` products for each probe and as many vectors, one

@@ -48,7 +48,8 @@ def _form(a: Products, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     v = z / size
     left: list[Tensor] = []
     right: list[Tensor] = []
-    alphas, betas, dead = [], [], []
+    alphas: list[Tensor] = []
+    betas, dead = [], []
     for _ in range(steps):
         right.append(v)
         p = _outside(a.times(v), left)
