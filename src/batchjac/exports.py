@@ -17,6 +17,13 @@ def to_scipy(a: Products) -> Any:
     """A ``scipy.sparse.linalg.LinearOperator`` ``[N * O, N * I]``, samples one after the other."""
     from scipy.sparse.linalg import LinearOperator  # an extra: the core needs torch alone
 
+    for axes in (a.inputs, a.outputs):
+        if len({leaf.shared for leaf in axes.leaves}) > 1:
+            raise UnsupportedError(
+                f"to_scipy() of {axes.words}: some belong to one sample each and others to all "
+                "samples, so there is no one matrix [N * O, I]; make an operator for each kind "
+                "with wrt="
+            )
     rows = a.outputs.width * (1 if a.outputs.shared else a.samples)
     columns = a.inputs.width * (1 if a.inputs.shared else a.samples)
     try:

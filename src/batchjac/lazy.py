@@ -101,7 +101,7 @@ class Jacobian(LinearMap):
     def at_once(self) -> int:
         own = sum(a.width * (1 if a.shared else self.samples) for a in self.inputs.leaves)
         column = (own + self.samples * self.outputs.width) * self.inputs.dtype.itemsize
-        return max(1, self._allowed // (_BESIDE * column))
+        return max(1, self._allowed // (_BESIDE * max(1, column)))
 
     def push(self, columns: Blocks) -> list[Block]:
         parts = []
@@ -183,6 +183,8 @@ class Jacobian(LinearMap):
         self.refuse_coupled()
         if self._closed:
             raise StateError(_CLOSED)
+        if self.problem.create_graph:  # factors are walked without a history
+            return None
 
         def seeded(
             recording: Recording, entries: Sequence[int], samples: Sequence[int]

@@ -100,26 +100,30 @@ class LinearMap(ABC):
 
     def rows(self, entries: Sequence[int]) -> Tensor:
         """Rows of every sample's block, ``[N, len(entries), I]``."""
-        basis = self.outputs.basis(entries)
         if not self.inputs.shared:
             self.refuse_coupled()
-            return self.inputs.flat(self.in_turns(self.pull, basis, self.inputs)).transpose(0, 1)
-        singly = [apart(b) for b in basis]  # what is summed over samples has one at a time
-        flat = self.inputs.flat(self.in_turns(self.pull, singly, self.inputs))
-        if flat.shape[1] == self.samples:  # beside what is shared, what is not
-            own = torch.arange(self.samples, device=flat.device).repeat(len(entries))
-            flat = flat[torch.arange(len(flat), device=flat.device), own].unsqueeze(1)
-        apart_rows: Tensor = flat[:, 0].unflatten(0, (len(entries), self.samples))
-        return apart_rows.transpose(0, 1)
+        return self._lines(self.pull, self.outputs, self.inputs, entries)
 
     def columns(self, entries: Sequence[int]) -> Tensor:
         """Columns of every sample's block, ``[N, O, len(entries)]``."""
         self.refuse_coupled()
-        if self.outputs.shared:
-            return self.T.rows(entries).transpose(1, 2)
-        basis = self.inputs.basis(entries)
-        flat = self.outputs.flat(self.in_turns(self.push, basis, self.outputs))
-        return flat.permute(1, 2, 0)
+        return self._lines(self.push, self.inputs, self.outputs, entries).transpose(1, 2)
+
+    def _lines(
+        self, go: Callable[[Blocks], list[Block]], of: Space, into: Space, entries: Sequence[int]
+    ) -> Tensor:
+        """``go`` on these entries of the identity, ``[N, len(entries), width]``."""
+        measures.refuse_summed(self)
+        basis = of.basis(entries)
+        if not into.shared:
+            return into.flat(self.in_turns(go, basis, into)).transpose(0, 1)
+        singly = [apart(b) for b in basis]  # what is summed over samples has one at a time
+        flat = into.flat(self.in_turns(go, singly, into))
+        if flat.shape[1] == self.samples:  # beside what is shared, what is not
+            own = torch.arange(self.samples, device=flat.device).repeat(len(entries))
+            flat = flat[torch.arange(len(flat), device=flat.device), own].unsqueeze(1)
+        lines: Tensor = flat[:, 0].unflatten(0, (len(entries), self.samples))
+        return lines.transpose(0, 1)
 
     def refuse_coupled(self) -> None:  # noqa: B027  (most maps have nothing to refuse)
         """Raise where samples have no blocks of their own."""
@@ -184,11 +188,13 @@ class LinearMap(ABC):
         Cost: ``min(O, I)`` rows or columns, or ``samples`` rows, never all at once. Toward
         parameters O rows, and the products of factors that ``factors.py`` derives.
 
+        Half precision is added up, and returned, in float32.
+
         Source: Hutchinson, Communications in Statistics 19(2), 1990; the variance is its
         proposition 1 for ``J Jᵀ``.
         """
         total = self.norm_squared() if samples is None else self.norm_estimate(samples, generator)
-        return total if squared else total.sqrt()
+        return total if squared else measures.root(total)
 
     def norm_squared(self) -> Tensor:
         """``sum_oi J[n,o,i]²``, ``[N]``."""
@@ -211,6 +217,8 @@ class LinearMap(ABC):
         """
         if of not in ("outputs", "inputs"):
             raise InputError(f'of must be "outputs" or "inputs", got {of!r}')
+        if across and self.inputs.shared:
+            return measures.kernel(self)
         if across:
             raise InputError(
                 "across=True compares samples in what they share, and these inputs belong to one "
@@ -260,7 +268,8 @@ class LinearMap(ABC):
             k: How many, at most ``min(O, I)``.
             generator: Where the random columns come from; torch's own if there is none.
 
-        Returns: ``U [N, O, k]``, ``S [N, k]``, ``Vh [N, k, I]``.
+        Returns: ``U [N, O, k]``, ``S [N, k]``, ``Vh [N, k, I]``; NaN for a sample whose block is
+        not finite.
 
         Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review
         53(2), 2011, algorithms 4.4 and 5.1.
@@ -283,8 +292,8 @@ class LinearMap(ABC):
         """Rows, columns or blocks of every sample's matrix, dense.
 
         ``A[:, c]`` is ``[N, O]``, ``A[r]`` is ``[N, I]``, ``A[rows, cols]`` is
-        ``[N, len(rows), len(cols)]``: integers drop their axis, and slices, lists and integer
-        tensors keep it. What there are fewer of is computed, rows or columns.
+        ``[N, len(rows), len(cols)]``: integers drop their axis, and slices, ranges, lists and
+        arrays or tensors of integers keep it. What there are fewer of is computed, rows or columns.
         """
         pair = key if isinstance(key, tuple) else (key, slice(None))
         if len(pair) != 2:

@@ -203,16 +203,20 @@ def entries_of(key: Any, size: int, what: str) -> tuple[list[int], bool]:
     """Flat indices, and whether their axis goes."""
     if isinstance(key, slice):
         return list(range(*key.indices(size))), False
-    if isinstance(key, Tensor) and key.dim() == 1 and key.dtype in (torch.int64, torch.int32):
+    if isinstance(key, range):
+        key = list(key)
+    elif isinstance(key, Tensor) and key.dim() == 1 and key.dtype in (torch.int64, torch.int32):
         key = key.tolist()
+    elif not isinstance(key, Tensor) and getattr(key, "ndim", 0) == 1:  # of NumPy and the like
+        key = list(key)
     single = hasattr(key, "__index__") and not isinstance(key, bool) and not getattr(key, "ndim", 0)
     found = [key] if single else key
     if not isinstance(found, list) or not all(
         hasattr(k, "__index__") and not isinstance(k, bool) for k in found
     ):
         raise InputTypeError(
-            f"{what} must be an int, a slice, a list of int or a LongTensor, got "
-            f"{type(key).__name__}"
+            f"{what} must be an int, a slice, a range, a list of int, or a 1-D array of integers "
+            f"or LongTensor, got {type(key).__name__}"
         )
     wrong = [k for k in found if not -size <= int(k) < size]
     if wrong:
