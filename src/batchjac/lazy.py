@@ -15,16 +15,20 @@ from torch import Tensor
 from batchjac import measures, memory
 from batchjac.block import Block
 from batchjac.capture import Capture
-from batchjac.errors import InputError, StateError, UnsupportedError
+from batchjac.errors import BudgetError, InputError, StateError, UnsupportedError
 from batchjac.gram import Across, Norms, Products, Source, Within, total
 from batchjac.maps import Blocks, LinearMap
 from batchjac.problem import Problem, pose
 from batchjac.recording import Recording, record
 from batchjac.seeds import seeds
+from batchjac.selected import pulled, pushed, spread
 from batchjac.solve import solve
-from batchjac.space import Axes, Space, space
+from batchjac.space import Axes, Space, joined, only, space
+from batchjac.state import redrawing
+from batchjac.unchanged import Watch
 
 _BESIDE = 8  # of what is allowed, one part in so many for columns that wait to be measured
+_FIRST = slice(0, 1)
 _CLOSED = "this operator was closed; make another with batchjac.operator"
 
 
@@ -46,9 +50,17 @@ class Jacobian(LinearMap):
         if problem.coupling == "error" and not problem.create_graph:
             told = max_memory is not None
             few = memory.first(tensors, problem.module, self.samples, self._allowed, told)
-        first = self._record(slice(0, few))
+        self._watch = Watch(problem.module, tensors)
+        looked = replace(self.problem, around=self._watch.looking(problem.around))
+        first = record(looked, slice(0, few), self._room)
         self._inputs, self._outputs = _inputs(problem, first.captured), _outputs(first)
         self.chunk = self._fitting(first)
+        if self._watch.drew and self.chunk < self.samples:
+            raise BudgetError(
+                "the function draws random numbers (dropout, noise), so its samples are recorded "
+                f"together, and max_memory has room for {self.chunk} of {self.samples}; raise "
+                "max_memory, pass fewer samples, or call model.eval()"
+            )
         if few == self.chunk == self.samples:
             self._kept = first
         else:
@@ -57,6 +69,7 @@ class Jacobian(LinearMap):
                 self._kept = self._record(slice(0, self.samples))
             else:  # for what it says of a function that looks at the whole batch
                 self._record(slice(0, self.chunk), halved=True).close()
+        self._watch.note()
 
     @property
     def inputs(self) -> Space:
@@ -86,16 +99,25 @@ class Jacobian(LinearMap):
 
     def recordings(self) -> Iterator[Recording]:
         """The recorded forward; with more samples than fit, one chunk after the other."""
-        if self._closed:
-            raise StateError(_CLOSED)
         if self._kept is not None:
             yield self._kept
             return
+        self._refuse_changed()
         for start in range(0, self.samples, self.chunk):
             part = self._record(slice(start, min(self.samples, start + self.chunk)))
             yield part
             part.close()
             self._heap.wrote(0)
+
+    def _refuse_changed(self) -> None:
+        if self._closed:
+            raise StateError(_CLOSED)
+        changed = self._watch.changed()
+        if changed is not None:
+            raise StateError(
+                f"{changed} was changed since the operator was made, and a forward has to "
+                "run again; call batchjac.operator again"
+            )
 
     @property
     def at_once(self) -> int:
@@ -106,55 +128,52 @@ class Jacobian(LinearMap):
     def push(self, columns: Blocks) -> list[Block]:
         parts = []
         for recording in self.recordings():
-            into = [
-                b if a.shared else _of(b, recording.samples)
-                for a, b in zip(self.inputs.leaves, columns, strict=True)
-            ]
-            with recording.running():
-                found = recording.push(into)
+            parts.append(pushed(recording, self.inputs, columns, recording.samples))
             self._heap.wrote(0)
-            parts.append(self._selected(recording, found))
-        return _joined_all(parts, self.outputs)
+        return joined(parts, self.outputs)
 
     def pull(self, rows: Blocks) -> list[Block]:
         parts = []
         for recording in self.recordings():
-            into = self._spread(recording, [_of(b, recording.samples) for b in rows])
-            with recording.running():
-                parts.append(recording.pull(into))
+            parts.append(pulled(recording, rows, recording.samples))
             self._heap.wrote(0)
-        return _joined_all(parts, self.inputs)
+        return joined(parts, self.inputs)
 
-    def _spread(self, recording: Recording, rows: Blocks) -> list[Block]:
-        """Rows of the selected outputs as rows of all of them, zero elsewhere."""
-        found = []
-        for job, block in zip(recording.work, rows, strict=True):
-            chosen = seeds(job.y, recording.problem.outputs, "error", job.samples, job.path)
-            shape = tuple(job.y.shape)
-            if chosen.every:
-                found.append(Block(block.data.reshape(*block.data.shape[:2], *shape[1:]), shape))
-                continue
-            index = chosen.each_sample.T
-            data = block.data.flatten(2) if block.data.dim() > 2 else block.data.unsqueeze(2)
-            n = max(data.shape[1], len(index))
-            flat = data.new_zeros(block.rows, n, job.y[0].numel())
-            flat.scatter_add_(2, index.expand(block.rows, n, -1), data.expand(-1, n, -1))
-            found.append(Block(flat.reshape(block.rows, n, *shape[1:]), shape))
+    def rows(self, entries: Sequence[int]) -> Tensor:
+        basis = self.outputs.basis(entries)
+        return self._singly(
+            super().rows(entries), lambda one: self.inputs.flat(pulled(one, basis, _FIRST))
+        )
+
+    def columns(self, entries: Sequence[int]) -> Tensor:
+        basis = self.inputs.basis(entries)
+        found = self._singly(
+            super().columns(entries).transpose(1, 2),
+            lambda one: self.outputs.flat(pushed(one, self.inputs, basis, _FIRST)),
+        )
+        return found.transpose(1, 2)
+
+    def _singly(self, found: Tensor, lines: Callable[[Recording], Tensor]) -> Tensor:
+        """Lines ``[N, K, width]``, a sample by itself where they are not finite.
+
+        Zero times NaN, summed over samples, puts the NaN of one sample into all.
+        """
+        if not self.inputs.shared or self._together:
+            return found
+        odd = (~found.sum((1, 2)).isfinite()).nonzero()[:, 0].tolist()
+        if odd:
+            found = found.clone()
+        for n in odd:
+            one = self._apart([n])
+            found[n] = lines(one)[:, 0]
+            one.close()
         return found
 
-    def _selected(self, recording: Recording, columns: Blocks) -> list[Block]:
-        """Columns at the selected outputs."""
-        found = []
-        for job, block in zip(recording.work, columns, strict=True):
-            chosen = seeds(job.y, recording.problem.outputs, "error", job.samples, job.path)
-            data = block.full()
-            if not chosen.every:
-                flat = data.flatten(2) if data.dim() > 2 else data.unsqueeze(2)
-                index = chosen.each_sample.T.expand(*flat.shape[:2], -1)
-                data = flat.gather(2, index)
-            data = data.reshape(*data.shape[:2], *chosen.shape)
-            found.append(Block(data, tuple(data.shape[1:])))
-        return found
+    @property
+    def _together(self) -> bool:
+        """Whether samples have to be recorded together."""
+        options = self.problem
+        return options.coupling != "error" or options.create_graph or self._watch.drew
 
     def norm_squared(self) -> Tensor:
         found = self._factored(Norms, self.shape[1]) if self.inputs.shared else None
@@ -183,7 +202,7 @@ class Jacobian(LinearMap):
         self.refuse_coupled()
         if self._closed:
             raise StateError(_CLOSED)
-        if self.problem.create_graph:  # factors are walked without a history
+        if self.problem.create_graph or not rows:  # factors are walked without a history
             return None
 
         def seeded(
@@ -193,18 +212,18 @@ class Jacobian(LinearMap):
                 own = self.outputs.basis(entries)
             else:
                 own = [Block(b.data[list(entries)], b.shape) for b in given]
-            return self._spread(recording, [_only(b, samples) for b in own])
+            return spread(recording, [only(b, samples) for b in own])
 
-        whole = self.problem.coupling != "error" or self.problem.create_graph
         sizes = [math.prod(a.shape) * a.dtype.itemsize for a in self.inputs.leaves if a.shared]
         source = Source(
-            self.samples, rows, self._allowed, self._kept, whole, self._apart, seeded, self._heap,
-            sum(sizes) + 2 * max(sizes),
+            self.samples, rows, self._allowed, self._kept, self._together, self._apart, seeded,
+            self._heap, sum(sizes) + 2 * max(sizes),
         )  # fmt: skip
         return total(kind, source)
 
     def _apart(self, samples: Sequence[int]) -> Recording:
         """A recording of these samples."""
+        self._refuse_changed()
         index = torch.tensor(list(samples))
         tree, outputs = self.problem.tree, self.problem.outputs
         leaves = tuple(t[index.to(t.device)] if isinstance(t, Tensor) else t for t in tree.leaves)
@@ -226,7 +245,15 @@ class Jacobian(LinearMap):
             )
 
     def dense(self) -> Any:
-        return solve(self._asked, self._limit, None).jacobian
+        self._refuse_changed()
+        if self._watch.drew and self.problem.coupling != "full":  # numbers that were recorded
+            return super().dense()
+        redraw = redrawing()
+        self._watch.redraw()
+        try:
+            return solve(self._asked, self._limit, None).jacobian
+        finally:
+            redraw()
 
     def close(self) -> None:
         """Free the recorded forward; further products raise ``StateError``."""
@@ -282,7 +309,8 @@ def operator(
             are then recorded together.
         max_memory: As for ``jacobian``: for what is recorded and for blocks, beside what is
             returned. If not all samples fit, the forward runs again for every product, a chunk of
-            samples at a time.
+            samples at a time: the same function, with the same inputs, parameters and buffers, that
+            draws no random numbers.
 
     Returns:
         A map ``A`` of ``shape [N, O, I]``, O outputs and I inputs of a sample (with
@@ -304,7 +332,8 @@ def operator(
     Raises:
         InputError: Vectors of another nesting or shape, or a question without an answer.
         InputTypeError: Vectors of another dtype or device.
-        StateError: The operator was closed.
+        StateError: The operator was closed, or what has to run again was changed meanwhile.
+        UnsupportedError: A figure of every sample from a map that sums over them.
         Others as for ``jacobian``.
 
     Cost:
@@ -313,8 +342,9 @@ def operator(
         where a node has no forward rule; the first product on a graph one to three backward passes
         more, to compare. Hooks and Functions whose gradients are not linear in the cotangent define
         rows, not products: those are then made of all rows. Where a block holds inf or nan, so may
-        products, not always in the same places. Parameters and buffers must not change meanwhile:
-        autograd refuses values that were overwritten.
+        products, not always in the same places, and toward parameters in all samples; blocks of
+        samples that can be recorded apart hold it where ``jacobian`` does. Parameters and buffers
+        must not change meanwhile: autograd refuses values that were overwritten.
 
     Source:
         Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapter 3: products without
@@ -368,34 +398,3 @@ def _outputs(recording: Recording) -> Space:
         shape = (problem.samples, *chosen.shape)
         axes[job.index] = Axes(job.path, shape, job.y.dtype, job.y.device)
     return space(captured.values.build(list(range(len(axes)))), axes)
-
-
-def _only(block: Block, samples: Sequence[int]) -> Block:
-    """The part of these samples."""
-    shape = (len(samples), *block.shape[1:])
-    every = block.data.shape[1] == 1 or len(samples) == block.data.shape[1]
-    return Block(block.data if every else block.data[:, list(samples)], shape)
-
-
-def _of(block: Block, samples: slice) -> Block:
-    """The part of these samples."""
-    count = samples.stop - samples.start
-    data = block.data if block.data.shape[1] == 1 else block.data[:, samples]
-    return Block(data, (count, *block.shape[1:]))
-
-
-def _joined_all(parts: Sequence[Blocks], into: Space) -> list[Block]:
-    columns = zip(*parts, strict=True)
-    return [_joined(column, axes) for column, axes in zip(columns, into.leaves, strict=True)]
-
-
-def _joined(column: Sequence[Block], axes: Axes) -> Block:
-    """One tensor of all chunks of samples: side by side, or their sum where they share it."""
-    if len(column) == 1:
-        return Block(column[0].data, axes.shape)
-    if axes.shared:
-        total = column[0]
-        for block in column[1:]:
-            total = total.plus(block)
-        return total
-    return Block(torch.cat([b.full() for b in column], dim=1), axes.shape)

@@ -22,6 +22,7 @@ from batchjac.pulling import in_turns
 from batchjac.space import Space, apart, entries_of, nested, renamed
 
 Blocks = Sequence[Block]
+Through = Callable[[Blocks], list[Block]]
 
 
 class LinearMap(ABC):
@@ -87,9 +88,7 @@ class LinearMap(ABC):
         blocks, many = self.inputs.parts(other, "v")
         return self.outputs.nest(self.in_turns(self.push, blocks, self.outputs), many)
 
-    def in_turns(
-        self, go: Callable[[Blocks], list[Block]], blocks: Blocks, into: Space
-    ) -> list[Block]:
+    def in_turns(self, go: Through, blocks: Blocks, into: Space) -> list[Block]:
         """``go`` on as many columns at a time as there is room for."""
         if blocks[0].rows == 0:
             return [
@@ -109,9 +108,7 @@ class LinearMap(ABC):
         self.refuse_coupled()
         return self._lines(self.push, self.inputs, self.outputs, entries).transpose(1, 2)
 
-    def _lines(
-        self, go: Callable[[Blocks], list[Block]], of: Space, into: Space, entries: Sequence[int]
-    ) -> Tensor:
+    def _lines(self, go: Through, of: Space, into: Space, entries: Sequence[int]) -> Tensor:
         """``go`` on these entries of the identity, ``[N, len(entries), width]``."""
         measures.refuse_summed(self)
         basis = of.basis(entries)
@@ -186,9 +183,8 @@ class LinearMap(ABC):
             generator: Where random signs come from; torch's own if there is none.
 
         Cost: ``min(O, I)`` rows or columns, or ``samples`` rows, never all at once. Toward
-        parameters O rows, and the products of factors that ``factors.py`` derives.
-
-        Half precision is added up, and returned, in float32.
+        parameters O rows, and the products of factors that ``factors.py`` derives. Half precision
+        is added up, and returned, in float32.
 
         Source: Hutchinson, Communications in Statistics 19(2), 1990; the variance is its
         proposition 1 for ``J Jᵀ``.
@@ -217,9 +213,9 @@ class LinearMap(ABC):
         """
         if of not in ("outputs", "inputs"):
             raise InputError(f'of must be "outputs" or "inputs", got {of!r}')
-        if across and self.inputs.shared:
-            return measures.kernel(self)
         if across:
+            if self.inputs.shared:
+                return measures.kernel(self)
             raise InputError(
                 "across=True compares samples in what they share, and these inputs belong to one "
                 'sample each; use wrt="parameters"'

@@ -224,3 +224,35 @@ def entries_of(key: Any, size: int, what: str) -> tuple[list[int], bool]:
             f"{what} {wrong[0]} is out of range: flat indices go from 0 to {size - 1}"
         )
     return [int(k) % size for k in found], single
+
+
+def only(block: Block, samples: Sequence[int]) -> Block:
+    """The part of these samples."""
+    shape = (len(samples), *block.shape[1:])
+    every = block.data.shape[1] == 1 or len(samples) == block.data.shape[1]
+    return Block(block.data if every else block.data[:, list(samples)], shape)
+
+
+def part(block: Block, samples: slice) -> Block:
+    """The part of these samples."""
+    count = samples.stop - samples.start
+    data = block.data if block.data.shape[1] == 1 else block.data[:, samples]
+    return Block(data, (count, *block.shape[1:]))
+
+
+def joined(parts: Sequence[Sequence[Block]], into: Space) -> list[Block]:
+    """Every tensor of all chunks of samples."""
+    columns = zip(*parts, strict=True)
+    return [_joined(column, axes) for column, axes in zip(columns, into.leaves, strict=True)]
+
+
+def _joined(column: Sequence[Block], axes: Axes) -> Block:
+    """One tensor of all chunks of samples: side by side, or their sum where they share it."""
+    if len(column) == 1:
+        return Block(column[0].data, axes.shape)
+    if axes.shared:
+        total = column[0]
+        for block in column[1:]:
+            total = total.plus(block)
+        return total
+    return Block(torch.cat([b.full() for b in column], dim=1), axes.shape)
