@@ -309,8 +309,7 @@ def operator(
             are then recorded together.
         max_memory: As for ``jacobian``: for what is recorded and for blocks, beside what is
             returned. If not all samples fit, the forward runs again for every product, a chunk of
-            samples at a time: the same function, with the same inputs, parameters and buffers, that
-            draws no random numbers.
+            samples at a time, of the same values and without random numbers.
 
     Returns:
         A map ``A`` of ``shape [N, O, I]``, O outputs and I inputs of a sample (with

@@ -287,9 +287,9 @@ class LinearMap(ABC):
     def __getitem__(self, key: Any) -> Tensor:
         """Rows, columns or blocks of every sample's matrix, dense.
 
-        ``A[:, c]`` is ``[N, O]``, ``A[r]`` is ``[N, I]``, ``A[rows, cols]`` is
-        ``[N, len(rows), len(cols)]``: integers drop their axis, and slices, ranges, lists and
-        arrays or tensors of integers keep it. What there are fewer of is computed, rows or columns.
+        ``A[:, c]`` is ``[N, O]``, ``A[r]`` is ``[N, I]``, ``A[rows, cols]`` is ``[N, rows, cols]``:
+        integers drop their axis; slices, ranges, lists and arrays of integers keep it. What there
+        are fewer of is computed, rows or columns.
         """
         pair = key if isinstance(key, tuple) else (key, slice(None))
         if len(pair) != 2:
