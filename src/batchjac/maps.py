@@ -183,8 +183,7 @@ class LinearMap(ABC):
             generator: Where random signs come from; torch's own if there is none.
 
         Cost: ``min(O, I)`` rows or columns, or ``samples`` rows, never all at once. Toward
-        parameters O rows, and the products of factors that ``factors.py`` derives. Half precision
-        is added up, and returned, in float32.
+        parameters O rows, and products of factors. Half precision gives float32.
 
         Source: Hutchinson, Communications in Statistics 19(2), 1990; the variance is its
         proposition 1 for ``J Jᵀ``.

@@ -34,7 +34,8 @@ class Watch:
         """What to have around a call to learn which modules it calls and whether it draws."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            if id(module) not in self.called:
+            inside = torch._C._functorch.peek_interpreter_stack() is not None
+            if id(module) not in self.called and not inside:  # there tensors stand for others
                 self.called[id(module)] = module
                 self._begin()
 
