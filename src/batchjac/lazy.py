@@ -202,7 +202,7 @@ class Jacobian(LinearMap):
         self.refuse_coupled()
         if self._closed:
             raise StateError(_CLOSED)
-        if self.problem.create_graph or not rows:  # factors are walked without a history
+        if not rows:
             return None
 
         def seeded(
