@@ -28,8 +28,10 @@ METHOD = """\
   of several chunks of samples, each written into one result made beforehand; the chunk stands in
   brackets. batchjac's two forms are the plain call and `out=`. A ratio takes the faster form of
   both sides.
-- All ways of a case take turns in one process (A B C, B C A, …) after a warm-up, with
-  {pause:.0f} ms of rest before each call; the figure is the median, a ratio the median over turns.
+- All ways of a case take turns in one process after a warm-up (A B C, B C A, …: batchjac came after
+  TensorFlow or JAX, whose threads go on for a while, so that small cases look slower than they
+  are; from now on the order is drawn), with {pause:.0f} ms of rest before each call; the figure is
+  the median, a ratio the median over turns.
   A way that took over a second, and ten times what another took, is called once: †.
 - *too large*: more than {memory:g} GiB beside model and data; *too slow*: more than {seconds:g} s a
   call, extrapolated from few samples or the best chunk. Neither is run to the end.

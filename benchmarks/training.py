@@ -6,6 +6,7 @@ counts. All ways of a step take turns in one process; peak memory is that of a f
 
 import argparse
 import json
+import random
 import statistics
 import time
 import warnings
@@ -79,16 +80,19 @@ def alone(step: Step, way: str, samples: int, _: fresh.Say) -> Cell:
 def in_turns(
     step: Step, ways: Sequence[str], options: Options, say: fresh.Say
 ) -> dict[str, list[float]]:
-    """Seconds of every call, A B C B C A C A B, in this process."""
+    """Seconds of every call in this process, in an order that is drawn anew for each turn.
+
+    Threads of JAX's go on for a while: whoever always came after it took twice its time.
+    """
     model, x = step.make(options.timed)
     calls = {way: WAYS[way](step, model, x) for way in ways}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for way, call in calls.items():
         say({"at": way})
         call()
-    for turn in range(options.repeats):
-        k = turn % len(ways)
-        for way in (*ways[k:], *ways[:k]):
+    order = random.Random(0)
+    for _ in range(options.repeats):
+        for way in order.sample(ways, len(ways)):
             if len(times[way]) >= 2 and sum(times[way]) > options.share:
                 continue
             time.sleep(PAUSE)
