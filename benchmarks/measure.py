@@ -326,7 +326,7 @@ class Timing:
         return forms
 
     def turns(self, forms: dict[tuple[str, str], Form]) -> None:
-        """One call of each, in an order drawn for each turn, so that nobody always follows the same.
+        """One call of each, in an order drawn for each turn: nobody always follows the same.
 
         Threads of JAX's go on for a while: who came after it took up to twice its time.
         """
