@@ -17,6 +17,7 @@ SRC = Path(__file__).parent.parent / "src" / "batchjac"
 ORDER = (
     "errors",
     "tree",
+    "descend",
     "state",
     "outside",
     "aside",

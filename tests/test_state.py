@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -290,3 +292,28 @@ def test_attributes_keep_their_names(kind: type[Renaming]) -> None:
         batchjac.jacobian(model, torch.randn(samples, 3), max_memory=80_000)
     assert sorted(vars(model)) == sorted(before)
     assert (model.first, model.nothing) == ("text", None)
+
+
+def test_numpys_random_numbers_are_loaded_by_nobody_but_the_function() -> None:
+    """A function that is the first to ask for them, and seeds them, leaves no seed behind."""
+    script = """
+import sys, torch, batchjac
+batchjac.jacobian(torch.nn.Linear(2, 2), torch.ones(3, 2))
+print("numpy.random" in sys.modules)
+
+def f(x):
+    import numpy
+    numpy.random.seed(3)
+    return x * numpy.random.rand()
+
+batchjac.jacobian(f, torch.ones(3, 2))
+import numpy
+left = numpy.random.get_state()[1].tolist()
+f(torch.ones(1))
+print(left == numpy.random.get_state()[1].tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False"]

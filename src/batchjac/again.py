@@ -87,8 +87,9 @@ class Task:
         assert self.before is not None
         leaves = self.problem.tree.leaves
         self.inputs = tuple(k for k, t in enumerate(leaves) if _records(t))
-        others = {id(t): t for t in (*self.before.parameters, *seen.left())}
-        for buffer in self.before.buffers:  # put back by value
+        own = [parameter.tensor for parameter in self.before.parameters.values()]
+        others = {id(t): t for t in (*own, *seen.left())}
+        for buffer, _ in self.before.buffers.values():  # put back by value
             if not _records(buffer):
                 others.pop(id(buffer), None)
         outside = [t for t in others.values() if _records(t)]

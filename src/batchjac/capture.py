@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from batchjac import descend
 from batchjac.errors import BatchAxisError, InputTypeError, StateError
 from batchjac.graph import edge_of
 from batchjac.plain import plainly
@@ -201,7 +202,7 @@ def _recording(problem: Problem, freeze: bool) -> Iterator[None]:
     wanted = {id(p) for p in problem.parameters.values()}
     changed: list[tuple[Tensor, bool]] = []
 
-    for parameter in problem.module.parameters() if problem.module is not None else ():
+    for parameter in descend.parameters(problem.module) if problem.module is not None else ():
         record = id(parameter) in wanted or (parameter.requires_grad and not freeze)
         if parameter.requires_grad != record and _can_record(parameter):
             changed.append((parameter, parameter.requires_grad))
@@ -257,7 +258,7 @@ def _noticed(seen: _Seen) -> Iterator[None]:
 def _module_hooks(module: nn.Module | None) -> bool:
     """Whether any layer has a full backward hook, which may change a gradient."""
     return module is not None and any(
-        m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+        m._backward_hooks or m._backward_pre_hooks for _, m in descend.modules(module)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchjac import descend
 from batchjac.errors import StateError
 
 _ONE_AT_A_TIME = threading.RLock()  # the same thread may ask again, inside a function
@@ -100,25 +101,33 @@ def _noted(before: "Before") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state() -> Iterator[None]:
-    redraw = redrawing()
+    """Put all random numbers back after the block.
+
+    NumPy loads its random numbers when they are first asked for. They are left alone where nobody
+    has: what the block then draws or seeds is followed by the fresh start that it would have had.
+    """
+    loaded = "numpy.random" in sys.modules
+    redraw = redrawing(numpy=loaded)
     try:
         yield
     finally:
         redraw()
+        if not loaded and "numpy.random" in sys.modules:
+            sys.modules["numpy"].random.seed()
 
 
-def redrawing() -> Callable[[], None]:
-    """What puts all random numbers back to where they are now."""
+def redrawing(numpy: bool = True) -> Callable[[], None]:
+    """What puts all random numbers back to where they are now; ``numpy`` too, if it is loaded."""
     python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    array = numpy.random.get_state() if numpy is not None else None
+    module = sys.modules.get("numpy") if numpy else None
+    array = module.random.get_state() if module is not None else None
     cpu = torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def redraw() -> None:
         random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(array)
+        if module is not None:
+            module.random.set_state(array)
         torch.set_rng_state(cpu)
         for k, state in enumerate(devices):
             torch.cuda.set_rng_state(state, k)
@@ -126,11 +135,12 @@ def redrawing() -> Callable[[], None]:
     return redraw
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Parameter:
     """What a parameter was like; ``total`` shows writes past autograd, by way of ``.data``."""
 
     name: str
+    tensor: Tensor
     version: int
     required: bool
     grad: Tensor | None
@@ -142,10 +152,11 @@ class _Parameter:
         version = 0 if p.is_inference() else p._version
         data = p.detach()
         grad = p.grad if p.is_leaf else None  # handed in by functional_call it may be a result
-        return cls(name, version, p.requires_grad, grad, data, _total(data))
+        return cls(name, p, version, p.requires_grad, grad, data, _total(data))
 
-    def restore(self, p: Tensor) -> None:
+    def restore(self) -> None:
         """Flag, gradient and storage as they were."""
+        p = self.tensor
         if p.data_ptr() != self.data.data_ptr() or p.shape != self.data.shape:
             p.data = self.data
         if p.requires_grad != self.required:
@@ -153,8 +164,9 @@ class _Parameter:
         if p.is_leaf and p.grad is not self.grad:
             p.grad = self.grad
 
-    def written(self, p: Tensor) -> bool:
+    def written(self) -> bool:
         """Whether the values may be others than they were."""
+        p = self.tensor
         if not p.is_inference() and p._version != self.version:
             return True
         if p.is_meta:  # shapes alone, of which a plan is made
@@ -179,8 +191,8 @@ class Before:
         self.contents: dict[int, tuple[Any, Any]] = {}  # by id: a container and its shallow copy
         self.entered: dict[tuple[nn.Module, str], dict[str, Any]] = {}
         self.replaced: dict[tuple[nn.Module, str, str], tuple[Any, Any]] = {}
-        self.buffers: dict[Tensor, Tensor] = {}
-        self.parameters: dict[Tensor, _Parameter] = {}
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by id, as tensors hash slowly
+        self.parameters: dict[int, _Parameter] = {}
 
     def note(self, module: nn.Module, running: bool = False) -> None:
         """Remember a module and all below it; what is known already stays as it was.
@@ -190,7 +202,7 @@ class Before:
         back.
         """
         self.roots.append(module)
-        for child in module.modules():
+        for _, child in descend.modules(module):
             if child not in self.attributes:
                 held = dict(vars(child))
                 if running:
@@ -198,14 +210,14 @@ class Before:
                         held.pop(table, None)
                 self.attributes[child] = held
                 self._contents(held)
-        parameters, buffers = list(module.named_parameters()), list(module.named_buffers())
+        parameters, buffers = descend.tensors(module)
         _refuse_lazy(module, [*parameters, *buffers])
         for _, buffer in buffers:
-            if buffer not in self.buffers and not buffer.is_meta:
-                self.buffers[buffer] = buffer.detach().clone()
+            if id(buffer) not in self.buffers and not buffer.is_meta:
+                self.buffers[id(buffer)] = (buffer, buffer.detach().clone())
         for name, p in parameters:
-            if p not in self.parameters:
-                self.parameters[p] = _Parameter.of(name, p)
+            if id(p) not in self.parameters:
+                self.parameters[id(p)] = _Parameter.of(name, p)
 
     def enter(self, module: nn.Module) -> None:
         """Copy the tables of a module that begins to run."""
@@ -223,10 +235,11 @@ class Before:
 
     def _contents(self, held: Any) -> None:
         """Copy the containers among these values, and those inside them."""
+        known = self.contents
         for value in held.values() if isinstance(held, dict) else held:
-            if type(value) in _CONTAINERS and id(value) not in self.contents:
+            if type(value) in _CONTAINERS and id(value) not in known:
                 # most are empty: the tables of hooks of every module
-                self.contents[id(value)] = (value, value.copy() if value else ())
+                known[id(value)] = (value, value.copy() if value else ())
                 if value:
                     self._contents(value)
 
@@ -241,13 +254,13 @@ class Before:
             table = vars(child)[kind]
             if table.get(name, _NONE) is new:
                 _put(table, name, old)
-        for buffer, value in self.buffers.items():
+        for buffer, value in self.buffers.values():
             # batch normalisation writes its statistics without counting the version up, and so do
             # we: the caller may have a graph that saved the buffer
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
-        for p, parameter in self.parameters.items():
-            parameter.restore(p)
+        for parameter in self.parameters.values():
+            parameter.restore()
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -264,8 +277,8 @@ class Before:
 
     def check(self) -> None:
         """Refuse a function that wrote into a parameter."""
-        for p, parameter in self.parameters.items():
-            if parameter.written(p):
+        for parameter in self.parameters.values():
+            if parameter.written():
                 raise StateError(
                     f"the function wrote into parameter {parameter.name!r}; batchjac cannot undo "
                     "that. Make it a buffer (buffers are restored), or keep the update out of "
@@ -275,7 +288,8 @@ class Before:
 
 def refuse_lazy(module: nn.Module) -> None:
     """Refuse a module whose parameters or buffers wait for a first batch."""
-    _refuse_lazy(module, [*module.named_parameters(), *module.named_buffers()])
+    parameters, buffers = descend.tensors(module)
+    _refuse_lazy(module, [*parameters, *buffers])
 
 
 def _refuse_lazy(module: nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -293,7 +307,7 @@ _TENSORS = ("_parameters", "_buffers")
 
 def _tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
     """The tables of tensors of a module and all below it; a scripted module has others."""
-    for child in module.modules():
+    for _, child in descend.modules(module):
         for kind in _TENSORS:
             table = vars(child).get(kind)
             if isinstance(table, dict):
@@ -307,7 +321,7 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
         table[name] = value
 
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
