@@ -4,7 +4,7 @@ What is taken out of a tensor gives zeros to the rest of it; only the axis conce
 its full size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,11 @@ def _sizes(data: Tensor, dim: int, size: int) -> list[int]:
     sizes = list(data.shape)
     sizes[dim] = size
     return sizes
+
+
+def common(sizes: Iterable[Sequence[int]]) -> list[int]:
+    """What sizes of as many axes are broadcast to; torch takes ten times as long."""
+    return [next((n for n in along if n != 1), 1) for along in zip(*sizes, strict=True)]
 
 
 def _select_samples(step: Step, at: SampleAxis) -> list[Place]:
@@ -82,7 +87,7 @@ class Slices:
         parts = {k: block.reshape(shape).data for k, block in self.found.items()}
         if not parts:
             return {}
-        sizes = torch.broadcast_shapes(*(_sizes(p, self.dim + 1, 1) for p in parts.values()))
+        sizes = common(_sizes(p, self.dim + 1, 1) for p in parts.values())
         return {k: part.expand(sizes) for k, part in parts.items()}
 
     def _among_zeros(self, parts: dict[int, Tensor]) -> Block:
@@ -215,13 +220,12 @@ def stack(step: Step, blocks: Blocks) -> Sequence[Block | None]:
 def _filled(blocks: Blocks, outputs: Sequence[Meta], dim: int) -> list[Tensor]:
     """The parts with the same sizes but along ``dim``; zeros where no gradient arrived."""
     present = [b.spread(dim) for b in blocks if b is not None]
-    common = torch.broadcast_shapes(*(_sizes(p, dim + 1, 1) for p in present))
-    like = present[0]
+    sizes = common(_sizes(p, dim + 1, 1) for p in present)
+    spread = iter(present)
     parts = []
     for block, meta in zip(blocks, outputs, strict=True):
-        sizes = list(common)
         sizes[dim + 1] = meta.shape[dim]
-        found = like.new_zeros(sizes) if block is None else block.spread(dim)
+        found = present[0].new_zeros(sizes) if block is None else next(spread)
         parts.append(found.expand(sizes))
     return parts
 
@@ -239,9 +243,11 @@ def split(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     return [_joined(_filled(blocks, step.outputs, dim), dim, edge)]
 
 
-def _joined(parts: Sequence[Tensor], dim: int, edge: Edge) -> Block:
+def _joined(parts: list[Tensor], dim: int, edge: Edge) -> Block:
     """The parts side by side along ``dim``, in the order in which the whole will be read."""
     order = read_in(edge)
+    if order == sorted(order):
+        return Block(torch.cat(parts, dim + 1), edge.shape)
     data = torch.cat([part.permute(order) for part in parts], order.index(dim + 1))
     return Block(data.permute(inverse(order)), edge.shape)
 

@@ -32,6 +32,7 @@ PERMUTED = (
 
 
 KEEPING = (*VIEWS, "CloneBackward0")  # the order of the entries
+REARRANGING = frozenset((*PERMUTED, *KEEPING))
 
 
 def _reshaped(step: Step, at: SampleAxis) -> list[Place]:
@@ -97,13 +98,13 @@ def read_in(edge: Edge) -> list[int]:
     """
     node: Any = edge.node
     order = [d for d, size in enumerate(edge.shape) if size != 1]
-    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
-        step = Step(node, node.name(), metas(node), ())
+    while (name := node.name()) in REARRANGING and node.next_functions[0][0] is not None:
+        step = Step(node, name, metas(node), ())
         node, slot = node.next_functions[0]
         if step.name in PERMUTED:
             axes = [d for d, n in zip(permutation(step), step.shape, strict=True) if n != 1]
             order = [d for _, d in sorted(zip(axes, order, strict=True))]
-        elif step.name not in KEEPING or not _same_but_ones(step.shape, metas(node)[slot].shape):
+        elif not _same_but_ones(step.shape, metas(node)[slot].shape):
             break
     rest = iter(order)
     return [0, *(1 + (d if size == 1 else next(rest)) for d, size in enumerate(edge.shape))]
