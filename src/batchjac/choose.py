@@ -97,7 +97,9 @@ _left: dict[int, dict[Part, Forecast]] = {}
 
 def question(graph: Graph, parts: tuple[Part, ...], seeds: Seeds) -> int:
     """What a plan depends on, but for how the nodes are wired: an old answer is at worst slow."""
-    steps = tuple((step.name, step.shape) for step in graph.steps)
+    steps = graph.form.fact(
+        "question", lambda: hash(tuple((step.name, step.shape) for step in graph.steps))
+    )
     return hash((steps, parts, seeds.width, seeds.output, threads()))
 
 

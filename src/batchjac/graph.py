@@ -5,17 +5,19 @@ and dtype of what flows into a node) and, by the rules, ``_saved_*``.
 """
 
 import contextlib
+import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 Slot = tuple[Node, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,17 @@ def _signed(value: Any) -> Any:
 
 def metas(node: Any) -> tuple[Meta, ...]:
     """What flows into a node: one entry per output of the operation it differentiates."""
-    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
+    found = node._input_metadata
+    if len(found) == 1:
+        (m,) = found
+        return _single(tuple(m.shape), m.dtype, m.device)
+    return tuple([_single(tuple(m.shape), m.dtype, m.device)[0] for m in found])
+
+
+@functools.lru_cache(maxsize=4096)
+def _single(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Meta, ...]:
+    """The nodes of a graph have few kinds of outputs, so each is made once."""
+    return (Meta(shape, dtype, device),)
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:
@@ -104,46 +116,101 @@ class Graph:
     @cached_property
     def reaches(self) -> frozenset[Node]:
         """The nodes on a path to a target."""
-        return frozenset(step.node for step in self.steps)
+        return frozenset([step.node for step in self.steps])
+
+    @cached_property
+    def form(self) -> "Form":
+        """What it is made of; graphs that are made alike share one."""
+        number: dict[Node, int] = {step.node: k for k, step in enumerate(self.steps)}
+        inside = len(number)
+        key: list[Any] = []  # flat: one tuple for each of thousands of nodes costs more than this
+        for step in self.steps:
+            key += (step.name, len(step.outputs), len(step.edges))
+            for m in step.outputs:
+                key += (m.shape, m.dtype, m.device)
+            for e in step.edges:
+                if e is None:
+                    key.append(None)
+                    continue
+                key += (number.setdefault(e.node, len(number)), e.slot)
+                if number[e.node] >= inside:  # of a part of a graph edges lead out
+                    key += (e.meta.shape, e.meta.dtype, e.meta.device)
+        key += sorted((number[node], k) for node, k in self.targets if node in number)
+        return _form(tuple(key)) if inside <= _MOST_STEPS else Form()
+
+
+class Form:
+    """What a graph is made of, whatever its nodes: their names, what flows into them, their wiring.
+
+    ``fact`` remembers what follows from that alone: nothing that a node saved, nor any number in a
+    tensor. What holds no tensor, module or node may be remembered.
+    """
+
+    def __init__(self) -> None:
+        self._facts: dict[Hashable, Any] = {}
+
+    def fact(self, name: Hashable, find: Callable[[], T]) -> T:
+        """What ``find`` returns, found once; ``name`` holds all else that it depends on."""
+        if name not in self._facts:
+            if len(self._facts) >= _MOST_FACTS:
+                self._facts.clear()
+            self._facts[name] = find()
+        found: T = self._facts[name]
+        return found
+
+
+_MOST_STEPS, _MOST_FACTS = 4096, 64
+
+
+@functools.lru_cache(maxsize=64)
+def _form(key: tuple[Hashable, ...]) -> Form:
+    """The one form of this key."""
+    return Form()
 
 
 def prune(roots: Sequence[Node], targets: Sequence[Slot]) -> Graph:
     """The nodes on a path from a root to a target, in topological order."""
+    below: dict[Node, Below] = {}
+    order = _postorder(roots, below)
     goals = {node for node, _ in targets}
-    order, reaches = _postorder(roots, goals)
-    known = {node: metas(node) for node in order if reaches[node]}
-    steps = []
-    for node in reversed(order):
-        if node not in known:
-            continue
-        edges: list[Edge | None] = []
-        for child, slot in node.next_functions:
-            if child is None or child not in known:
-                edges.append(None)
-            else:
-                edges.append(Edge(child, slot, known[child][slot]))
-        steps.append(Step(node, node.name(), known[node], tuple(edges)))
+    known: dict[Node | None, tuple[Meta, ...]] = {}
+    for node in order:  # each after all that lie below it
+        if node in goals or not known.keys().isdisjoint([child for child, _ in below[node]]):
+            known[node] = metas(node)
+    steps = [
+        Step(
+            node, node.name(), known[node],
+            tuple([
+                Edge(child, slot, known[child][slot]) if child is not None and child in known
+                else None
+                for child, slot in below[node]
+            ]),
+        )
+        for node in reversed(order)
+        if node in known
+    ]  # fmt: skip
     return Graph(tuple(steps), frozenset(targets))
 
 
-def _postorder(roots: Sequence[Node], goals: set[Node]) -> tuple[list[Node], dict[Node, bool]]:
-    """Nodes below the roots, children first, and whether each leads to a goal; no recursion."""
+Below = tuple[tuple[Node | None, int], ...]
+
+
+def _postorder(roots: Sequence[Node], below: dict[Node, Below]) -> list[Node]:
+    """Nodes below the roots, children first; what lies ``below`` each is noted. No recursion."""
     order: list[Node] = []
-    reaches: dict[Node, bool] = {}
-    for root in roots:
-        stack: list[tuple[Node, list[Node] | None]] = [(root, None)]
-        while stack:
-            node, children = stack.pop()
-            if node in reaches:
-                continue
-            if children is None:  # on the way down
-                children = [c for c, _ in node.next_functions if c is not None]
-                stack.append((node, children))
-                stack.extend((c, None) for c in children if c not in reaches)
-            else:
-                reaches[node] = node in goals or any(reaches[c] for c in children)
+    done: set[Node] = set()
+    stack = list(reversed(roots))
+    while stack:
+        node = stack[-1]
+        if node not in below:  # on the way down
+            below[node] = children = node.next_functions
+            stack.extend([c for c, _ in children if c is not None and c not in below])
+        else:
+            stack.pop()
+            if node not in done:
+                done.add(node)
                 order.append(node)
-    return order, reaches
+    return order
 
 
 # A node that Python has seen is freed by its Python object, which frees the nodes below from inside
@@ -154,7 +221,7 @@ _held: list[list[Node]] = []
 
 def hold(roots: Sequence[Node]) -> None:
     """Keep every node below these from being freed until ``let_go``."""
-    _held.append(_postorder(roots, set())[0])
+    _held.append(_postorder(roots, {}))
 
 
 def held() -> bool:

@@ -232,6 +232,13 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
     ``shared`` slots hold what all samples share: the forward keeps one, but the walk one for every
     row and sample.
     """
+    if len(graphs) == 1 and not shared:
+        return graphs[0].form.fact(("need", samples), lambda: _need(graphs, samples, ()))
+    return _need(graphs, samples, shared)
+
+
+def _need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot]) -> Need:
+    """The same, found out anew."""
     steps = {step.node: step for graph in graphs for step in graph.steps}.values()
     sizes = {(s.node, k): size_of(meta) for s in steps for k, meta in enumerate(s.outputs)}
     saved = sum(

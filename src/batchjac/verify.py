@@ -6,6 +6,7 @@ cotangent through the real engine costs one backward and sees all of that.
 
 import contextlib
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from batchjac.capture import Capture, capture
 from batchjac.engines.rows import pull
+from batchjac.graph import Graph
 from batchjac.job import Goal, Job
 from batchjac.plain import unrounded
 from batchjac.problem import Problem
@@ -41,18 +43,26 @@ def signature(job: Job, way: str = "") -> int:
     of nodes are those of this graph alone: a later chunk knows those of other outputs too. What
     samples share is computed by other rules with one sample, or with each sample by itself.
     """
-    index = {step.node: k for k, step in enumerate(job.graph.steps)}
     ways = {} if way else job.kernels.ways
-    steps: list[Any] = []  # flat: one tuple for each of thousands of nodes costs more than this
-    for s in job.graph.steps:
-        steps += (s.name, s.outputs[0].dtype, len(s.shape), ways.get(s.name), len(s.edges))
-        for e in s.edges:
-            steps += (None, None) if e is None else (index[e.node], e.slot)
+    steps = job.graph.form.fact(
+        ("signature", *sorted(ways.items())), lambda: _steps(job.graph, ways)
+    )
     goals = tuple((*g.part, g.target.per_sample) for g in job.goals)
     apart = job.count > 1 and not all(g.target.per_sample for g in job.goals)
     routes = tuple((part, choice.route) for part, choice in job.choices.items())
     how = (routes, job.singly is not None, apart, job.problem.coupling, job.problem.create_graph)
-    return hash((tuple(steps), goals, how, way))
+    return hash((steps, goals, how, way))
+
+
+def _steps(graph: Graph, ways: Mapping[str, str]) -> int:
+    """The part of a signature that the nodes, their wiring and their ways make up."""
+    index = {step.node: k for k, step in enumerate(graph.steps)}
+    steps: list[Any] = []
+    for s in graph.steps:
+        steps += (s.name, s.outputs[0].dtype, len(s.shape), ways.get(s.name), len(s.edges))
+        for e in s.edges:
+            steps += (None, None) if e is None else (index[e.node], e.slot)
+    return hash(tuple(steps))
 
 
 def vmap_agrees(problem: Problem) -> bool:
