@@ -125,7 +125,8 @@ def _capture(
         parameters = {n: normal(p) for n, p in problem.parameters.items()}
         shared = {n: edge_of(p) for n, p in parameters.items()}
         inputs = _targets(problem.tree, leaves, edges)
-        attempt.enter_context(_hooks(problem, seen))
+        if seen.layers or problem.of is not None:
+            attempt.enter_context(_hooks(problem, seen))
         # its own mode: a function may leave gradients switched off
         with torch.enable_grad(), _noticed(seen), quick_pooling():
             result = problem.call(leaves)

@@ -144,6 +144,7 @@ class Job:
             inner = inner[1:]
         return (self.problem.samples, *self.seeds.shape, *inner)
 
+    @cached_property
     def unreached(self) -> list[Goal]:
         """The goals on which ``y`` does not depend."""
         return [g for g in self.goals if g.slot[0] not in self.graph.reaches]
@@ -154,7 +155,7 @@ class Job:
         coupled = self.problem.coupling in ("sum", "full")
         if self.root is None or coupled or self.problem.mode == "reverse":
             return {}
-        gone = self.unreached()
+        gone = self.unreached
         targets = {
             g.part: choose.Target(g.slot, not g.target.per_sample)
             for g in self.goals
@@ -182,7 +183,7 @@ class Job:
         if problem.mode != "auto" or problem.compiler or self.root is None or not (exact and own):
             return None
         routes = [c.route.seconds for c in self.considered.values() if c.taken]
-        walked = len(routes) < len(self.goals) - len(self.unreached())
+        walked = len(routes) < len(self.goals) - len(self.unreached)
         return pace.singly(self.graph, self.seeds, math.inf if walked else sum(routes))
 
     @property

@@ -159,7 +159,7 @@ class Heap:
         self.start = _resident()
         self.limit = 1 << 62
         self.written = 0
-        self.looked = 0.0
+        self.looked = time.perf_counter()
 
     def allow(self, left: int) -> None:
         """Hand pages back from when a share of ``left`` bytes is held, or a MiB if that is more.

@@ -17,12 +17,14 @@ import torch.utils.checkpoint as checkpoints
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Neither compile nor checkpoint in this block."""
-    with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_replaced("CheckpointFunction", _Called))
-        stack.enter_context(_replaced("_checkpoint_without_reentrant_generator", _once))
-        yield
+    dynamo = "torch._dynamo" in sys.modules
+    before = {name: getattr(checkpoints, name) for name in _INSTEAD}
+    with torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext():
+        vars(checkpoints).update(_INSTEAD)
+        try:
+            yield
+        finally:
+            vars(checkpoints).update(before)
 
 
 @contextlib.contextmanager
@@ -31,10 +33,13 @@ def unrounded() -> Iterator[None]:
 
     The caller's autocast is for the forward; around a backward pass torch advises against it.
     """
+    on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not on:  # as in most calls
+        yield
+        return
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in on:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -51,11 +56,4 @@ def _once(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    before = getattr(checkpoints, name)
-    setattr(checkpoints, name, value)
-    try:
-        yield
-    finally:
-        setattr(checkpoints, name, before)
+_INSTEAD = {"CheckpointFunction": _Called, "_checkpoint_without_reentrant_generator": _once}

@@ -37,7 +37,7 @@ class Seeds:
     @property
     def width(self) -> int:
         """How many rows each sample has."""
-        return len(self.entries)
+        return int(self.entries.shape[0])
 
     @property
     def every(self) -> bool:
@@ -56,17 +56,18 @@ class Seeds:
         """Rows ``start`` to ``stop``: one 1 in each, at its output."""
         n, *out = self.output
         width = math.prod(out)
-        rows = torch.arange(start, min(stop, self.rows), device=self.device)
+        stop = min(stop, self.rows)
         if self.across:
+            rows = torch.arange(start, stop, device=self.device)
             sample = rows // self.width
             every = self.each_sample.expand(-1, n)
             data = torch.zeros(len(rows), n, width, dtype=self.dtype, device=self.device)
             data[torch.arange(len(rows)), sample, every[rows % self.width, sample]] = 1
         else:
-            picked = self.each_sample[rows]
+            picked = self.each_sample[start:stop]
             data = torch.zeros(*picked.shape, width, dtype=self.dtype, device=self.device)
             data.scatter_(-1, picked.unsqueeze(-1), 1)
-        return Block(data.reshape(len(rows), data.shape[1], *out), self.output)
+        return Block(data.reshape(stop - start, data.shape[1], *out), self.output)
 
     def combined(self, weights: Tensor) -> Tensor:
         """The one cotangent ``[N, *out]`` that equals ``sum_v weights[n, v] * row v``."""

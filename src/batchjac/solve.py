@@ -103,6 +103,7 @@ class _Run:
     rows: int = 0  # of the last walk
     width: int = 1  # rows of one sample
     need: memory.Need | None = None  # of the present capture
+    units: int = 1  # of the same: rows, or columns, that could go together
     directions: tuple[str, ...] = ()
     singly: bool = False  # every row by itself through autograd, since that is faster
     compared: coupling.Values = field(init=False)
@@ -246,9 +247,9 @@ class _Run:
     def _chunk(self, work: Sequence[Job], captured: Capture, samples: int, whole: bool) -> Chunk:
         """The largest chunk of so many samples that keeps the promise."""
         if self.need is None:
-            self.need = need(work, captured.samples)
+            self.need, self.units = need(work, captured.samples), units(work)
         try:
-            return memory.chunk(self.need, samples, units(work), self.allowed, self.result, whole)
+            return memory.chunk(self.need, samples, self.units, self.allowed, self.result, whole)
         except BudgetError as error:
             tight = self.whole or not whole or captured.samples == 1
             if tight and any(job.choices for job in work):
@@ -348,8 +349,8 @@ class _Run:
             act()
 
     def _fill(self, job: Job, captured: Capture, rows: int) -> None:
-        if job.unreached() and not self.values:
-            for goal in job.unreached():
+        if job.unreached and not self.values:
+            for goal in job.unreached:
                 log.warning(
                     "output%s does not depend on %s%s: its Jacobian is zero",
                     self._path(goal), goal.part[1], goal.target.path,

@@ -128,7 +128,7 @@ def trust(job: Job, way: str = "") -> None:
 @unrounded()
 def agrees(job: Job, sinks: dict[Any, Sink]) -> bool | None:
     """Whether a random combination of the rows equals one ``autograd.grad``; None if unknowable."""
-    goals = [g for g in job.goals if g not in job.unreached()]
+    goals = [g for g in job.goals if g not in job.unreached]
     if (
         not goals
         or not job.seeds.width
