@@ -55,11 +55,12 @@ class Block:
 
     def spread(self, *dims: int) -> Tensor:
         """``data`` with the axes ``dims`` of the tensor at their full size, the others as is."""
-        size = list(self.data.shape)
+        have = self.data.shape
+        size = list(have)
         for dim in dims:
             dim %= len(self.shape)
             size[dim + 1] = self.shape[dim]
-        return self.data.expand(size)
+        return self.data if have == tuple(size) else self.data.expand(size)
 
     def reshape(self, shape: Sequence[int]) -> "Block":
         """Rows of the tensor reshaped; an axis of size 1 survives where whole axes merge or stay.

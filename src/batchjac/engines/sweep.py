@@ -92,12 +92,17 @@ def walk(
             node = step.node
             if consume is not None and _handed(pending, step, graph, consume):
                 continue
-            blocks = [_whole(pending.pop((node, k), None)) for k in range(len(step.outputs))]
+            if len(step.outputs) == 1:
+                blocks = [_whole(pending.pop((node, 0), None))]
+                reached = blocks[0] is not None
+            else:
+                blocks = [_whole(pending.pop((node, k), None)) for k in range(len(step.outputs))]
+                reached = not all(map(_none, blocks))
             if node in ends and consume is None:
                 for k, block in enumerate(blocks):
                     if block is not None and (node, k) in graph.targets:
                         found[node, k] = blocks[k] = block.owned_if(False)
-            if not any(step.edges) or all(map(_none, blocks)):
+            if not reached or not any(step.edges):
                 continue
             rule = registry.find(step)
             if rule is not None and rule.gather is not None:
@@ -176,15 +181,22 @@ def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
 
     One that came in and goes on alone stays what it was; several may be one block.
     """
-    made = [b for b in gradients if b is not None]
-    if len(made) > 1:
-        return _lent(gradients)
-    if not rule.fresh or not made or any(made[0] is b for b in blocks):
+    if len(gradients) == 1:
+        (one,) = gradients
+    else:
+        made = [b for b in gradients if b is not None]
+        if len(made) > 1:
+            return _lent(gradients)
+        one = made[0] if made else None
+    # what is scaled is made when it is read, and kept by it
+    if not rule.fresh or one is None or isinstance(one, Scaled):
         return gradients
-    if isinstance(made[0], Scaled):  # made when it is read, and kept by it
-        return gradients
-    came = [b.memory for b in blocks if b is not None]
-    return [b and b.owned_if(made[0].memory not in came) for b in gradients]
+    memory, owned = one.memory, True
+    for b in blocks:
+        if b is one:
+            return gradients
+        owned = owned and (b is None or b.memory != memory)
+    return [b and b.owned_if(owned) for b in gradients]
 
 
 def _lent(blocks: Blocks) -> Blocks:

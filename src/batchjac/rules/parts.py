@@ -226,7 +226,7 @@ def _filled(blocks: Blocks, outputs: Sequence[Meta], dim: int) -> list[Tensor]:
     for block, meta in zip(blocks, outputs, strict=True):
         sizes[dim + 1] = meta.shape[dim]
         found = present[0].new_zeros(sizes) if block is None else next(spread)
-        parts.append(found.expand(sizes))
+        parts.append(found if found.shape == tuple(sizes) else found.expand(sizes))
     return parts
 
 
