@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from batchjac import kernels
+from batchjac import convolutions
 from batchjac.block import Block
+from batchjac.convolutions import Convolution
 from batchjac.factors import Factored, Pair
 from batchjac.graph import Edge, Step
-from batchjac.kernels import Convolution
 from batchjac.rules.apart import each_sample, split
 from batchjac.rules.registry import Blocks, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
@@ -106,7 +106,7 @@ def _toward_input(step: Step, g: Block, edge: Edge) -> Block:
     sizes = [1 if d in kept else size for d, size in enumerate(edge.shape)]
     sizes[0] = data.shape[0] * data.shape[1]
     flat = data.reshape(sizes[0], *data.shape[2:])
-    found = kernels.convolution(flat, weight, sizes, layer(step), onward(edge))
+    found = convolutions.convolution(flat, weight, sizes, layer(step), onward(edge))
     return Block(found.unflatten(0, data.shape[:2]), edge.shape)
 
 
