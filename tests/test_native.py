@@ -64,6 +64,30 @@ def test_convolutions_of_any_shape_equal_autograds(seed: int, compiled: str) -> 
     near(found, convolutions.backward(g.double(), w.double(), sizes, layer), w[:, 0].numel())
 
 
+@pytest.mark.parametrize("rows", [1, 3, 11, 20])
+@pytest.mark.parametrize("seed", range(12))
+def test_few_places_of_each_plane_are_what_whole_planes_are(
+    seed: int, rows: int, compiled: str
+) -> None:
+    """With few rows they are put into planes, with many each adds its taps."""
+    g, w, sizes, layer = drawn(seed)
+    plane = g.shape[2:]
+    places = max(1, plane.numel() // 4)
+    order = torch.rand(*g.shape[:2], plane.numel()).argsort(-1)
+    index = order[..., :places].contiguous()
+    few = torch.randn(rows, *index.shape)
+    whole = torch.zeros(rows, *g.shape[:2], plane.numel()).scatter_(3, index.expand_as(few), few)
+    expected = convolutions.backward(
+        whole.view(-1, g.shape[1], *plane).double(), w.double(), (rows * len(g), *sizes[1:]), layer
+    )
+    found = native.toward_input(
+        few, w, (rows * len(g), *sizes[1:]), layer.stride, layer.padding, layer.dilation, index,
+        plane,
+    )  # fmt: skip
+    assert found is not None
+    near(found, expected, w[:, 0].numel())
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_products_of_any_shape_equal_torchs(seed: int, compiled: str) -> None:
     pick = random.Random(seed)

@@ -70,6 +70,28 @@ def convolution(
     return toward_input(g, w, sizes, layer)
 
 
+def scattered(
+    few: Tensor, index: Tensor, shape: Sequence[int], w: Tensor, sizes: Sequence[int],
+    layer: Convolution,
+) -> Tensor | None:  # fmt: skip
+    """``convolution`` of planes ``[N, C, *plane]`` that are zero but for ``few [V, N, C, P]``.
+
+    Rows ``[V, *sizes]``, by our own kernel, which puts them into its planes itself; None where
+    another one is chosen.
+    """
+    rows, samples = few.shape[:2]
+    images, into = (rows * samples, *shape[1:]), (rows * samples, *sizes[1:])
+    if not (unrecorded(few) and unrecorded(w)) or _little(images, w.shape):
+        return None
+    trial = _trial(layer, images, w.shape, into, few.dtype)
+    if _fastest_convolution(*trial, torch.get_num_threads(), Around()) is not own:
+        return None
+    found = native.toward_input(
+        few, w, into, layer.stride, layer.padding, layer.dilation, index, shape[2:]
+    )
+    return None if found is None else found.view(rows, *sizes)
+
+
 def _little(shape: Sequence[int], weight: Sequence[int]) -> bool:
     """Whether the trial would cost more than it can gain."""
     return math.prod(shape) * math.prod(weight[1:]) < _SMALL_CONVOLUTION

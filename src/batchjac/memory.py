@@ -225,7 +225,7 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
         for k in range(len(step.outputs))
         if (step.node, k) not in shared
     )
-    widest = max(sizes.values(), default=0)
+    widest = max((sizes | _few(graphs, sizes)).values(), default=0)
     for step in steps:  # of a part of a graph edges lead out
         for e in step.edges:
             if e is not None and (e.node, e.slot) not in sizes:
@@ -239,6 +239,23 @@ def need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot] = ()) -
         max(1, math.ceil(live / samples)),
         max(1, widest // samples),
     )
+
+
+def _few(graphs: Sequence[Graph], sizes: Mapping[Slot, int]) -> dict[Slot, int]:
+    """Bytes of a row where a pooling hands down the places of its maxima (``block.Scattered``).
+
+    For the size of a chunk in the cache only: what a budget counts are whole planes.
+    """
+    few: dict[Slot, int] = {}
+    for step in (step for graph in graphs for step in graph.steps):
+        kept = step.name == "ReluBackward0" or views(step.name)
+        mine = few.get((step.node, 0)) if kept else None
+        if step.name == "MaxPool2DWithIndicesBackward0":
+            mine = sizes[step.node, 0]
+        (edge, *_) = (*step.edges, None)
+        if mine is not None and edge is not None and (edge.node, edge.slot) in sizes:
+            few[edge.node, edge.slot] = mine
+    return few
 
 
 @functools.cache

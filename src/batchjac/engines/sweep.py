@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from batchjac.block import Block, Scaled
+from batchjac.block import Block, Waiting
 from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
 from batchjac.factors import Factored
@@ -181,7 +181,7 @@ def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
         return _lent(gradients)
     if not rule.fresh or not made or any(made[0] is b for b in blocks):
         return gradients
-    if isinstance(made[0], Scaled):  # made when it is read, and kept by it
+    if isinstance(made[0], Waiting):  # made when it is read, and kept by it
         return gradients
     came = [b.memory for b in blocks if b is not None]
     return [b and b.owned_if(made[0].memory not in came) for b in gradients]

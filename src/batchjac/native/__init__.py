@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the functions' arguments, as in kernels.c
+VERSION = 2  # of the functions' arguments, as in kernels.c
 # Which file fits what torch finds the processor able to do.
 LEVELS = {"AVX512": "avx512", "AVX2": "avx2"}
 BASE = "base"
@@ -52,7 +52,7 @@ def fits(layer_groups: int, transposed: bool, dims: int, dtype: torch.dtype) -> 
 
 
 _SIZES = ("images", "o", "p", "q", "c", "h", "w", "k", "l", "gr", "go", "gp", "gq",
-          "s", "t", "a", "b", "d", "e")  # fmt: skip
+          "s", "t", "a", "b", "d", "e", "index", "rows", "places")  # fmt: skip
 _FACTORS = ("n", "i", "k", "j", "an", "ai", "ak", "bn", "bk", "yn", "yi")
 
 
@@ -69,14 +69,15 @@ class _Product(ctypes.Structure):
 
 def toward_input(
     g: Tensor, w: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
+    dilation: Sequence[int], index: Tensor | None = None, plane: Sequence[int] = (),
 ) -> Tensor | None:  # fmt: skip
     """``sum_{o,k} g[r,o,q] w[o,c,k]`` over ``q s + k d - pad = p``: images ``[r,c,p]``.
 
+    Of one axis or two, in float32 without a history. With an ``index [n,o,j]``, ``g`` is zero but
+    for ``g[v,n,o,j]`` at these places of its ``plane``, flattened, and ``r`` goes over ``v n``.
     None where an entry of ``w`` is not finite: it would meet zeros beside the images.
-
-    Of one axis or two, in float32 without a history. Cost: one copy of ``g`` in each thread's
-    cache; nothing beside the result but some hundred kilobytes for each thread.
+    Cost: one copy of ``g`` in each thread's cache; nothing beside the result but some hundred
+    kilobytes for each thread.
     """
     kernels = library()
     assert kernels is not None
@@ -85,11 +86,20 @@ def toward_input(
     if found.numel() == 0 or g.numel() == 0:
         return found.zero_()
     w = w.contiguous()
-    flat = g.dim() == 3
-    one, none = ((1,), (0,)) if flat else ((), ())
+    one, none = ((1,), (0,)) if len(sizes) == 3 else ((), ())
+    if index is None:
+        images, channels, *plane = g.shape
+        steps: tuple[int, ...] = (*g.stride()[:2], *none, *g.stride()[2:])
+        places = (0, 1, 0)
+    else:
+        g, index = g.contiguous(), index.contiguous()
+        assert index.dtype == torch.int64
+        assert index.shape == g.shape[1:]
+        images, channels, steps = len(g) * len(index), g.shape[2], (0, 0, 0, 0)
+        places = (index.data_ptr(), len(g), g.shape[3])
     shape = _Convolution(
-        g.shape[0], g.shape[1], *one, *g.shape[2:], sizes[1], *one, *sizes[2:], *one, *w.shape[2:],
-        *g.stride()[:2], *none, *g.stride()[2:], *one, *stride, *none, *padding, *one, *dilation,
+        images, channels, *one, *plane, sizes[1], *one, *sizes[2:], *one, *w.shape[2:], *steps,
+        *one, *stride, *none, *padding, *one, *dilation, *places,
     )  # fmt: skip
     failed = kernels.batchjac_toward_input(
         _at(g), _at(w), _at(found), ctypes.byref(shape), torch.get_num_threads()

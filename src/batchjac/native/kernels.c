@@ -15,7 +15,7 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* Another number whenever an argument gets another meaning. */
-int batchjac_version(void) { return 1; }
+int batchjac_version(void) { return 2; }
 
 static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
@@ -36,7 +36,49 @@ typedef struct {
   int64_t images, o, p, q, c, h, w, k, l; /* sizes */
   int64_t gr, go, gp, gq;                 /* strides of g */
   int64_t s, t, a, b, d, e;               /* stride, padding, dilation, for each axis */
+  /* Where g holds only some places of each plane: g[v,n,o,j] at index[n,o,j], images are v n. */
+  const int64_t *index;
+  int64_t rows, places;
 } Convolution;
+
+/* Numbers in a row: memcpy costs more than the copy of few. */
+static inline void copy(float *to, const float *from, int64_t n) {
+  if (n < LANES) {
+    for (int64_t i = 0; i < n; i++) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + LANES <= n; i += LANES) *(vec *)(to + i) = *(const vec *)(from + i);
+  *(vec *)(to + n - LANES) = *(const vec *)(from + n - LANES);
+}
+
+/* The planes of one image among their zeros. */
+static void spread(float *planes, const float *g, const Convolution *z, int64_t plane, int64_t row,
+                   int64_t corner) {
+  for (int64_t o = 0; o < z->o; o++)
+    for (int64_t p = 0; p < z->p; p++) {
+      const float *from = g + o * z->go + p * z->gp;
+      float *to = planes + o * plane + p * row + corner;
+      if (z->gq == 1)
+        copy(to, from, z->q);
+      else
+        for (int64_t q = 0; q < z->q; q++) to[q] = from[q * z->gq];
+    }
+}
+
+/* Where the places of a sample are among these zeros. */
+static void locate(int32_t *where, const int64_t *index, const Convolution *z, int64_t plane,
+                   int64_t row, int64_t corner) {
+  /* at / q, exact below 2^32 / q, by a product that vectors have */
+  const uint64_t part = (((uint64_t)1 << 32) + z->q - 1) / z->q, more = row - z->q;
+  for (int64_t o = 0; o < z->o; o++, index += z->places, where += z->places) {
+    const int32_t from = (int32_t)(o * plane + corner);
+    if (more == 0 || z->p == 1)
+      for (int64_t j = 0; j < z->places; j++) where[j] = from + (int32_t)index[j];
+    else
+      for (int64_t j = 0; j < z->places; j++)
+        where[j] = from + (int32_t)(index[j] + ((uint64_t)index[j] * part >> 32) * more);
+  }
+}
 
 #define TILE(C, V)                                                                                 \
   static void tile_##C##_##V(const float *g, int64_t plane, int64_t o, const int64_t *at,          \
@@ -109,6 +151,75 @@ static void reach(int64_t size, int64_t g, int64_t taps, int64_t stride, int64_t
     }
 }
 
+/* The same where g holds few places of each plane, in the same order for all rows of a sample: a
+ * register holds as many rows, and every place adds its taps to a plane of the input that stays in
+ * the cache. */
+static inline __attribute__((always_inline)) void add(float *to, const float *tap, vec y, int64_t k,
+                                                      int64_t l, int64_t down, int64_t beside) {
+  for (int64_t i = 0; i < k; i++, to += down, tap += l)
+    UNROLL for (int64_t j = 0; j < l; j++) *(vec *)(to + j * beside) += tap[j] * y;
+}
+
+static int from_places(const float *g, const float *w, float *x, const Convolution *z, int threads) {
+  const int64_t some = z->o * z->places, taps = z->k * z->l, samples = z->images / z->rows;
+  int64_t high = (z->p - 1) * z->s + (z->k - 1) * z->d + 1, wide = (z->q - 1) * z->t + (z->l - 1) * z->e + 1;
+  if (high < z->a + z->h) high = z->a + z->h;
+  if (wide < z->b + z->w) wide = z->b + z->w;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    float *rows = room(some * LANES), *plane = room(high * wide * LANES);
+    int32_t *where = malloc(sizeof(int32_t) * (some + 1));
+    if (!rows || !plane || !where)
+#pragma omp atomic write
+      failed = NO_MEMORY;
+    else
+      memset(rows, 0, sizeof(float) * some * LANES);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < (failed ? 0 : samples); n++) {
+      for (int64_t i = 0; i < some; i++) {
+        const int64_t at = z->index[n * some + i];
+        where[i] = (int32_t)((at / z->q * z->s * wide + at % z->q * z->t) * LANES);
+      }
+      for (int64_t first = 0; first < z->rows; first += LANES) {
+        const int64_t many = z->rows - first < LANES ? z->rows - first : LANES;
+        for (int64_t v = 0; v < many; v++) {
+          const float *from = g + ((first + v) * samples + n) * some;
+          for (int64_t i = 0; i < some; i++) rows[i * LANES + v] = from[i];
+        }
+        for (int64_t c = 0; c < z->c; c++) {
+          memset(plane, 0, sizeof(float) * high * wide * LANES);
+          for (int64_t o = 0, i = 0; o < z->o; o++) {
+            const float *tap = w + (o * z->c + c) * taps;
+            for (int64_t j = 0; j < z->places; j++, i++) {
+              const vec y = *(const vec *)(rows + i * LANES);
+              float *to = plane + where[i];
+              const int64_t down = z->d * wide * LANES, beside = z->e * LANES;
+              if (z->l == 3 && z->e == 1)
+                add(to, tap, y, z->k, 3, down, LANES);
+              else if (z->l == 5 && z->e == 1)
+                add(to, tap, y, z->k, 5, down, LANES);
+              else
+                add(to, tap, y, z->k, z->l, down, beside);
+            }
+          }
+          for (int64_t v = 0; v < many; v++)
+            for (int64_t h = 0; h < z->h; h++) {
+              float *to = x + ((((first + v) * samples + n) * z->c + c) * z->h + h) * z->w;
+              const float *from = plane + ((h + z->a) * wide + z->b) * LANES + v;
+              for (int64_t i = 0; i < z->w; i++) to[i] = from[i * LANES];
+            }
+        }
+      }
+    }
+    free(rows);
+    free(plane);
+    free(where);
+  }
+  return failed;
+}
+
 int batchjac_toward_input(const float *g, const float *w, float *x, const Convolution *z, int threads) {
   int64_t low, high, left, right;
   reach(z->h, z->p, z->k, z->s, z->a, z->d, &low, &high);
@@ -119,6 +230,11 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
   int64_t width = (js - 1) * row + is, stride = up(width, LANES) + WIDEST * LANES;
   int64_t plane = up((low + z->p + high) * row + left + right + 2 * WIDEST * LANES, LANES);
   int64_t phases = z->s * z->t, most = z->k * z->l, part = most * z->o * z->c;
+  int64_t some = z->index ? z->o * z->places : 0;
+
+  /* Vectors that are added to planes in memory, one in a cycle, beside those in registers, two. */
+  if (some && (z->rows + LANES - 1) / LANES * z->places < z->rows * width / (2 * LANES))
+    return from_places(g, w, x, z, threads);
 
   int64_t *at = malloc(sizeof(int64_t) * (phases * (most + 1) + most));
   float *packed = malloc(sizeof(float) * phases * part);
@@ -154,37 +270,41 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
 #pragma omp parallel num_threads(threads)
   {
     float *planes = room(z->o * plane), *made = room(MOST * stride);
-    if (!planes || !made)
+    int32_t *where = malloc(sizeof(int32_t) * (some + 1));
+    int64_t sample = -1; /* whose places are among the zeros */
+    if (!planes || !made || !where)
 #pragma omp atomic write
       failed = NO_MEMORY;
     else
       memset(planes, 0, sizeof(float) * z->o * plane);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < (failed ? 0 : z->images); r++) {
-      for (int64_t o = 0; o < z->o; o++)
-        for (int64_t p = 0; p < z->p; p++) {
-          const float *from = g + r * z->gr + o * z->go + p * z->gp;
-          float *to = planes + o * plane + (p + low) * row + left;
-          if (z->gq == 1)
-            memcpy(to, from, sizeof(float) * z->q);
-          else
-            for (int64_t q = 0; q < z->q; q++) to[q] = from[q * z->gq];
+    for (int64_t i = 0; i < (failed ? 0 : z->images); i++) {
+      /* all rows of a sample one after the other */
+      const int64_t n = i / z->rows, r = z->index ? i % z->rows * (z->images / z->rows) + n : i;
+      if (z->index) {
+        if (n != sample) {
+          for (int64_t j = 0; sample >= 0 && j < some; j++) planes[where[j]] = 0;
+          locate(where, z->index + n * some, z, plane, row, low * row + left);
+          sample = n;
         }
+        for (int64_t j = 0; j < some; j++) planes[where[j]] = g[r * some + j];
+      } else
+        spread(planes, g + r * z->gr, z, plane, row, low * row + left);
       for (int64_t f = 0; f < phases; f++) {
         const float *weights = packed + f * part;
-        int64_t y = f / z->t, i = f % z->t;
-        int64_t rows = (z->h - y + z->s - 1) / z->s, columns = (z->w - i + z->t - 1) / z->t;
+        int64_t y = f / z->t, u = f % z->t;
+        int64_t rows = (z->h - y + z->s - 1) / z->s, columns = (z->w - u + z->t - 1) / z->t;
         for (int64_t c = 0; c < z->c; c += MOST) {
-          int64_t some = z->c - c < MOST ? z->c - c : MOST;
-          groups[some](planes, plane, z->o, at + f * most, count[f], weights, made, stride, width);
-          weights += some * z->o * count[f];
-          for (int64_t k = 0; k < some; k++)
+          int64_t group = z->c - c < MOST ? z->c - c : MOST;
+          groups[group](planes, plane, z->o, at + f * most, count[f], weights, made, stride, width);
+          weights += group * z->o * count[f];
+          for (int64_t k = 0; k < group; k++)
             for (int64_t j = 0; j < rows; j++) {
-              float *to = x + ((r * z->c + c + k) * z->h + y + j * z->s) * z->w + i;
+              float *to = x + ((r * z->c + c + k) * z->h + y + j * z->s) * z->w + u;
               const float *from = made + k * stride + j * row;
               if (z->t == 1)
-                memcpy(to, from, sizeof(float) * columns);
+                copy(to, from, columns);
               else
                 for (int64_t n = 0; n < columns; n++) to[n * z->t] = from[n];
             }
@@ -193,6 +313,7 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
     }
     free(planes);
     free(made);
+    free(where);
   }
   free(at);
   free(packed);
