@@ -43,11 +43,16 @@ def test_reshaped_planes_keep_the_numbers_of_their_places(shape: tuple[int, ...]
     assert torch.equal(found.data, block.data.reshape(3, *shape))
 
 
-def test_other_shapes_are_whole_rows() -> None:
+@pytest.mark.parametrize("shape", [(10, 24), (5, 2, 24), (2, 120)])
+def test_other_shapes_are_whole_rows(shape: tuple[int, ...]) -> None:
     block = planes()
-    found = block.reshape((10, 24))
+    found = block.reshape(shape)
     assert not isinstance(found, Scattered)
-    assert torch.equal(found.data, block.data.reshape(3, 10, 24))
+    assert torch.equal(found.data, block.data.reshape(3, *shape))
+
+
+def test_other_readers_see_whole_rows() -> None:
+    block = planes()
     assert isinstance(block.plus(Block(torch.ones(3, 2, 5, 4, 6), block.shape)), Block)
     assert torch.equal(block.to(torch.float64).data, block.data.double())
 
