@@ -33,7 +33,8 @@ from batchjac.errors import (
     UnsupportedError,
 )
 from batchjac.maps import LinearMap
-from tests.bad_inputs import EVERY, Bad, N, batch, linear, mlp
+from tests.bad_calls import Bad, N, batch, linear, mlp
+from tests.bad_inputs import EVERY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),

@@ -99,8 +99,7 @@ def system(name: str, f: Any, inputs: Any, output_axes: int | None, options: Opt
     if isinstance(f, LinearMap):
         if inputs is not None or options:
             raise InputError(f"linalg.{name}: a linear map has its inputs and options already")
-        for way in (f, f.T):  # a transpose keeps what it is of behind its own T
-            way.refuse_coupled()
+        f.refuse_coupled()
         a, ends = f, ()
     else:
         problem, _ = posed(name, inputs, f, options)
