@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import batchjac
+from batchjac import memory
 from batchjac.errors import (
     BudgetError,
     CouplingError,
@@ -176,8 +178,26 @@ def test_little_memory_takes_samples_in_chunks(wrt: Any, budget: str) -> None:
     close(b[:, 0], a[:, 0])
     close(b.norm(samples=2, generator=torch.Generator().manual_seed(0)),
           a.norm(samples=2, generator=torch.Generator().manual_seed(0)))  # fmt: skip
-    with pytest.raises(BudgetError, match="max_memory"):
-        batchjac.operator(f, x, wrt=wrt, max_memory=1000)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"wrt": "parameters"}, {"create_graph": True}, {"coupling": "full"}]
+)
+def test_a_budget_too_small_says_the_least_that_does(options: dict[str, Any]) -> None:
+    f, x = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 4)), torch.randn(120, 64)
+    least = least_of(f, x, 1000, options)
+    assert least_of(f, x, least - 16, options) == least
+    u = torch.randn(120, 4)
+    a, free = (batchjac.operator(f, x, max_memory=m, **options) for m in (least, None))
+    close(a.T @ u, free.T @ u)
+
+
+def least_of(f: nn.Module, x: Tensor, allowed: int, options: dict[str, Any]) -> int:
+    words = f"max_memory allows {memory.text(allowed)}, but .* with one row"
+    with pytest.raises(BudgetError, match=words) as caught:
+        batchjac.operator(f, x, max_memory=allowed, **options)
+    assert " out=" not in str(caught.value)  # an operator takes none
+    return int(re.findall(r"max_memory=(\d+)", str(caught.value))[0])
 
 
 def test_a_value_that_depends_on_the_chunk_is_refused() -> None:
