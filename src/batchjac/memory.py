@@ -35,6 +35,7 @@ WALK = 3.0
 # One part in so many of what is left beside the result is set aside for pages freed but not given
 # back, since giving them back takes a millisecond or two.
 HELD = 8
+RECORDED = (5, 8)  # the part of an operator's budget that one forward and a row may take
 # The widest block of a walk. Larger ones leave the last-level cache, and above 32 MiB are fresh
 # pages every time, which glibc maps at a tenth of the speed of reused ones.
 # Source: nine models timed at five to ten chunk sizes each, 32 MiB of L3: the best were at 8 to 24
@@ -353,6 +354,22 @@ def _too_small(least: int, allowed: int, result: int, whole: bool) -> str:
         f"{'the whole batch' if whole else 'one sample'} with one row {text(total - result)} "
         f"beside it; the least that would do is max_memory={total}. If the result is what is "
         "large, select outputs= or pass out= a memory-mapped array"
+    )
+
+
+def beside_columns(allowed: int) -> int:
+    """What an operator's forward may take with one row: columns of products wait beside it."""
+    return spare(allowed, 0) * RECORDED[0] // RECORDED[1]
+
+
+def too_small_beside(least: int, allowed: int, whole: bool) -> str:
+    """What to say where ``least`` bytes are more than ``beside_columns``."""
+    of_all = math.ceil(least * RECORDED[1] / RECORDED[0])
+    total = math.ceil(of_all * HELD / (HELD - 1)) + 1
+    return (
+        f"max_memory allows {text(allowed)}, but {'the whole batch' if whole else 'one sample'} "
+        f"with one row takes {text(least)}, and products need room beside it; the least that would "
+        f"do is max_memory={total}. {'Take fewer samples' if whole else 'Raise it'}"
     )
 
 
