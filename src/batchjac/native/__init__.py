@@ -76,8 +76,7 @@ def toward_input(
     Of one axis or two, in float32 without a history. With an ``index [n,o,j]``, ``g`` is zero but
     for ``g[v,n,o,j]`` at these places of its ``plane``, flattened, and ``r`` goes over ``v n``.
     None where an entry of ``w`` is not finite: it would meet zeros beside the images.
-    Cost: one copy of ``g`` in each thread's cache; nothing beside the result but some hundred
-    kilobytes for each thread.
+    Cost: one copy of ``g``; beside the result the planes of one image for each thread.
     """
     kernels = library()
     assert kernels is not None
@@ -101,9 +100,8 @@ def toward_input(
         images, channels, *one, *plane, sizes[1], *one, *sizes[2:], *one, *w.shape[2:], *steps,
         *one, *stride, *none, *padding, *one, *dilation, *places,
     )  # fmt: skip
-    failed = kernels.batchjac_toward_input(
-        _at(g), _at(w), _at(found), ctypes.byref(shape), torch.get_num_threads()
-    )
+    threads = min(torch.get_num_threads(), images)  # each holds the planes of one image
+    failed = kernels.batchjac_toward_input(_at(g), _at(w), _at(found), ctypes.byref(shape), threads)
     if failed == _NOT_FINITE:
         return None
     if failed:
