@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 
 # Installing compiles these, where there is a C compiler.
-KERNELS := hatch_build.py src/batchjac/native/kernels.c
+KERNELS := hatch_build.py $(wildcard src/batchjac/native/*.[ch])
 
 .PHONY: demo test doctest suite check format bench docs clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Compiles ``src/batchjac/native/kernels.c`` when batchjac is built or installed.
+"""Compiles the C files of ``src/batchjac/native`` when batchjac is built or installed.
 
 With any C compiler that knows GCC's vector types, named by ``CC`` or ``cc``; without one batchjac
 is installed all the same and uses torch's kernels. No headers of Python or of torch are needed: the
@@ -18,7 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/batchjac/native")
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 X86 = {
     "base": ("-DLANES=4",),
     "avx2": ("-DLANES=8", "-mavx2", "-mfma"),
@@ -32,7 +32,7 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         made = [self._compiled(level, flags) for level, flags in self._levels().items()]
         if all(made):
-            build_data["artifacts"] += [str(path) for path in made]
+            build_data["artifacts"].append(str(FOLDER / "*.so"))
             build_data["pure_python"] = False
             where = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["tag"] = f"py3-none-{where}"
@@ -49,17 +49,13 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
         compiler = shutil.which(os.environ.get("CC", "cc"))
         if compiler is None or sys.platform == "win32":
             return None
-        # not linked with OpenMP's library: its functions are torch's when this is loaded
-        threads = ("-fopenmp", "-c") if sys.platform == "linux" else ("-c",)
-        single = [f for f in FLAGS if f != "-shared"]
-        part = made.with_suffix(".o")
-        commands = (
-            [compiler, *single, *threads, *flags, str(folder / "kernels.c"), "-o", str(part)],
-            [compiler, "-shared", str(part), "-o", f"{made}.part"],
-        )
+        parts = {path: folder / f"{path.stem}_{level}.o" for path in sorted(folder.glob("*.c"))}
         try:
-            for command in commands:
-                subprocess.run(command, check=True, capture_output=True, text=True)
+            threads = self._threads(compiler)
+            for path, part in parts.items():
+                self._run(compiler, "-c", *FLAGS, *threads, *flags, str(path), "-o", str(part))
+            # not linked with OpenMP's library: its functions are torch's when this is loaded
+            self._run(compiler, "-shared", *map(str, parts.values()), "-o", f"{made}.part")
             os.replace(f"{made}.part", made)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or error
@@ -67,6 +63,14 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
             made.unlink(missing_ok=True)
             return None
         finally:
-            part.unlink(missing_ok=True)
-            Path(f"{made}.part").unlink(missing_ok=True)
+            for part in (*parts.values(), Path(f"{made}.part")):
+                part.unlink(missing_ok=True)
         return made
+
+    def _threads(self, compiler: str) -> tuple[str, ...]:
+        """What asks for OpenMP. Clang's needs a library that torch does not load on Linux."""
+        clang = "clang" in self._run(compiler, "--version")
+        return ("-fopenmp",) if sys.platform == "linux" and not clang else ()
+
+    def _run(self, *command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -46,7 +46,7 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, list[int], Convolution]:
     sizes = tuple(
         d * (k - 1) + 1 + pick.randint(0, 30) for k, d in zip(taps, dilation, strict=True)
     )
-    images, before, after = pick.randint(1, 5), pick.randint(1, 19), pick.randint(1, 6)
+    images, before, after = pick.randint(1, 5), pick.randint(1, 19), pick.randint(1, 35)
     torch.manual_seed(seed)
     w = torch.randn(after, before, *taps)
     x = torch.randn(images, before, *sizes)

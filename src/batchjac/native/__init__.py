@@ -1,7 +1,7 @@
 """Kernels of our own, in C: convolutions toward their inputs, and products of thin matrices.
 
-Installing batchjac compiles ``kernels.c`` beside this file, once for each set of vector
-instructions, where there is a C compiler. Everything here is one more candidate for the choices in
+Installing batchjac compiles the C files beside this one, once for each set of vector instructions,
+where there is a C compiler. Everything here is one more candidate for the choices in
 ``kernels`` and ``convolutions``: without the compiled files torch's own kernels do the same work.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the functions' arguments, as in kernels.c
+VERSION = 2  # of the functions' arguments, as in product.c
 # Which file fits what torch finds the processor able to do.
 LEVELS = {"AVX512": "avx512", "AVX2": "avx2"}
 BASE = "base"

@@ -1,27 +1,6 @@
-/* Convolutions toward their inputs, and products of thin matrices, for float32 on CPUs.
- *
- * Plain C for any compiler that knows GCC's vector types. It is compiled once for each set of vector
- * instructions, with LANES the numbers that one register holds; `__init__.py` loads what fits the
- * machine. Threads are OpenMP's, of the library that torch has loaded.
- */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#ifndef LANES
-#define LANES 4
-#endif
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* Another number whenever an argument gets another meaning. */
-int batchjac_version(void) { return 2; }
-
-static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
-static void *room(int64_t floats) { return aligned_alloc(64, up(floats * (int64_t)sizeof(float), 64)); }
-
-/* ---------------------------------------------------------------- convolution toward its input
+/* Convolution toward its input.
  *
  *   x[r,c,h,w] = sum_{o,k,l} g[r,o,p,q] w[o,c,k,l]    over  p s + k d - a = h,  q t + l e - b = w
  *
@@ -30,6 +9,12 @@ static void *room(int64_t floats) { return aligned_alloc(64, up(floats * (int64_
  * phase is one shift of the whole plane, seen as a single row of numbers. A tile of C channels and
  * V vectors of places stays in registers while all taps of all planes are added.
  */
+static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+static void *room(int64_t floats) {
+  return aligned_alloc(64, up(floats * (int64_t)sizeof(float), 64));
+}
+
 enum { NO_MEMORY = 1, NOT_FINITE = 2 };
 
 typedef struct {
@@ -51,10 +36,81 @@ static inline void copy(float *to, const float *from, int64_t n) {
   *(vec *)(to + n - LANES) = *(const vec *)(from + n - LANES);
 }
 
+#define STAYS(l, h) ((l) & (h) ? LANES + (l) - (h) : (l))
+#define CROSSES(l, h) ((l) & (h) ? LANES + (l) : (l) + (h))
+#define TURNS(l, h) ((l) / 2 + (l) % 2 * LANES) /* of two vectors in turns */
+#define FOUR(F, l, h) F(l, h), F((l) + 1, h), F((l) + 2, h), F((l) + 3, h)
+#if LANES == 16
+#define EACH(F, h) FOUR(F, 0, h), FOUR(F, 4, h), FOUR(F, 8, h), FOUR(F, 12, h)
+#elif LANES == 8
+#define EACH(F, h) FOUR(F, 0, h), FOUR(F, 4, h)
+#else
+#define EACH(F, h) FOUR(F, 0, h)
+#endif
+#define STAGE(h)                                                                                   \
+  UNROLL for (int i = 0; i < LANES; i++)                                                           \
+    if (!(i & (h))) {                                                                              \
+      const vec a = x[i], b = x[i + (h)];                                                          \
+      x[i] = SHUFFLE(a, b, EACH(STAYS, h));                                       \
+      x[i + (h)] = SHUFFLE(a, b, EACH(CROSSES, h));                               \
+    }
+
+/* A square of numbers turned over: at each stage blocks of half the size change places. */
+static inline void turned(float *to, int64_t down, const float *from, int64_t along) {
+  vec x[LANES];
+  UNROLL for (int i = 0; i < LANES; i++) x[i] = *(const vec *)(from + i * along);
+#if LANES >= 16
+  STAGE(8)
+#endif
+#if LANES >= 8
+  STAGE(4)
+#endif
+  STAGE(2)
+  STAGE(1)
+  UNROLL for (int i = 0; i < LANES; i++) *(vec *)(to + i * down) = x[i];
+}
+
+/* One row of places with the channels side by side, into a row of each channel's plane. */
+static void apart(float *to, int64_t plane, const float *from, const Convolution *z) {
+  int64_t o = 0;
+  for (; o + LANES <= z->o; o += LANES) {
+    int64_t q = 0;
+    for (; q + LANES <= z->q; q += LANES)
+      turned(to + o * plane + q, plane, from + q * z->gq + o, z->gq);
+    for (; q < z->q; q++)
+      for (int64_t i = o; i < o + LANES; i++) to[i * plane + q] = from[q * z->gq + i];
+  }
+  for (; o < z->o; o++)
+    for (int64_t q = 0; q < z->q; q++) to[o * plane + q] = from[q * z->gq + o];
+}
+
+/* A row of n places from the rows of its t phases, which are `apart` numbers from each other. */
+static inline void together(float *to, const float *from, int64_t apart, int64_t t, int64_t n) {
+  if (t == 1) {
+    copy(to, from, n);
+    return;
+  }
+  if (t > 2) {
+    for (int64_t u = 0; u < t; u++)
+      for (int64_t i = u; i < n; i += t) to[i] = from[u * apart + i / t];
+    return;
+  }
+  int64_t i = 0;
+  for (; 2 * i + LANES <= n; i += LANES / 2)
+    *(vec *)(to + 2 * i) =
+        SHUFFLE(*(const vec *)(from + i), *(const vec *)(from + apart + i), EACH(TURNS, 0));
+  for (; 2 * i < n; i++) {
+    to[2 * i] = from[i];
+    if (2 * i + 1 < n) to[2 * i + 1] = from[apart + i];
+  }
+}
+
 /* The planes of one image among their zeros. */
 static void spread(float *planes, const float *g, const Convolution *z, int64_t plane, int64_t row,
                    int64_t corner) {
-  for (int64_t o = 0; o < z->o; o++)
+  for (int64_t p = 0; z->go == 1 && p < z->p; p++)
+    apart(planes + p * row + corner, plane, g + p * z->gp, z);
+  for (int64_t o = 0; z->go != 1 && o < z->o; o++)
     for (int64_t p = 0; p < z->p; p++) {
       const float *from = g + o * z->go + p * z->gp;
       float *to = planes + o * plane + p * row + corner;
@@ -130,7 +186,8 @@ static Group *const groups[] = {
 };
 
 /* Along one axis: tap k of the phase y reads g at place j + shift, if this is a whole number. */
-static int shift(int64_t y, int64_t k, int64_t stride, int64_t padding, int64_t dilation, int64_t *to) {
+static int shift(int64_t y, int64_t k, int64_t stride, int64_t padding, int64_t dilation,
+                 int64_t *to) {
   int64_t n = y + padding - k * dilation;
   int64_t rest = (n % stride + stride) % stride;
   *to = (n - rest) / stride;
@@ -154,15 +211,18 @@ static void reach(int64_t size, int64_t g, int64_t taps, int64_t stride, int64_t
 /* The same where g holds few places of each plane, in the same order for all rows of a sample: a
  * register holds as many rows, and every place adds its taps to a plane of the input that stays in
  * the cache. */
-static inline __attribute__((always_inline)) void add(float *to, const float *tap, vec y, int64_t k,
-                                                      int64_t l, int64_t down, int64_t beside) {
+static inline __attribute__((always_inline)) void add(float *to, const float *tap, vec y,
+                                                      int64_t k, int64_t l, int64_t down,
+                                                      int64_t beside) {
   for (int64_t i = 0; i < k; i++, to += down, tap += l)
     UNROLL for (int64_t j = 0; j < l; j++) *(vec *)(to + j * beside) += tap[j] * y;
 }
 
-static int from_places(const float *g, const float *w, float *x, const Convolution *z, int threads) {
+static int from_places(const float *g, const float *w, float *x, const Convolution *z,
+                       int threads) {
   const int64_t some = z->o * z->places, taps = z->k * z->l, samples = z->images / z->rows;
-  int64_t high = (z->p - 1) * z->s + (z->k - 1) * z->d + 1, wide = (z->q - 1) * z->t + (z->l - 1) * z->e + 1;
+  int64_t high = (z->p - 1) * z->s + (z->k - 1) * z->d + 1;
+  int64_t wide = (z->q - 1) * z->t + (z->l - 1) * z->e + 1;
   if (high < z->a + z->h) high = z->a + z->h;
   if (wide < z->b + z->w) wide = z->b + z->w;
   int failed = 0;
@@ -220,7 +280,8 @@ static int from_places(const float *g, const float *w, float *x, const Convoluti
   return failed;
 }
 
-int batchjac_toward_input(const float *g, const float *w, float *x, const Convolution *z, int threads) {
+int batchjac_toward_input(const float *g, const float *w, float *x, const Convolution *z,
+                          int threads) {
   int64_t low, high, left, right;
   reach(z->h, z->p, z->k, z->s, z->a, z->d, &low, &high);
   reach(z->w, z->q, z->l, z->t, z->b, z->e, &left, &right);
@@ -244,7 +305,8 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
     int64_t n = 0, dp, dq;
     for (int64_t k = 0; k < z->k; k++)
       for (int64_t l = 0; l < z->l; l++)
-        if (shift(f / z->t, k, z->s, z->a, z->d, &dp) && shift(f % z->t, l, z->t, z->b, z->e, &dq)) {
+        if (shift(f / z->t, k, z->s, z->a, z->d, &dp) &&
+            shift(f % z->t, l, z->t, z->b, z->e, &dq)) {
           at[f * most + n] = (dp + low) * row + dq + left;
           which[n++] = k * z->l + l;
         }
@@ -269,7 +331,7 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
 
 #pragma omp parallel num_threads(threads)
   {
-    float *planes = room(z->o * plane), *made = room(MOST * stride);
+    float *planes = room(z->o * plane), *made = room(z->t * MOST * stride);
     int32_t *where = malloc(sizeof(int32_t) * (some + 1));
     int64_t sample = -1; /* whose places are among the zeros */
     if (!planes || !made || !where)
@@ -291,25 +353,20 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
         for (int64_t j = 0; j < some; j++) planes[where[j]] = g[r * some + j];
       } else
         spread(planes, g + r * z->gr, z, plane, row, low * row + left);
-      for (int64_t f = 0; f < phases; f++) {
-        const float *weights = packed + f * part;
-        int64_t y = f / z->t, u = f % z->t;
-        int64_t rows = (z->h - y + z->s - 1) / z->s, columns = (z->w - u + z->t - 1) / z->t;
+      for (int64_t y = 0; y < z->s; y++)
         for (int64_t c = 0; c < z->c; c += MOST) {
           int64_t group = z->c - c < MOST ? z->c - c : MOST;
-          groups[group](planes, plane, z->o, at + f * most, count[f], weights, made, stride, width);
-          weights += group * z->o * count[f];
+          for (int64_t u = 0; u < z->t; u++) {
+            int64_t f = y * z->t + u;
+            groups[group](planes, plane, z->o, at + f * most, count[f],
+                          packed + f * part + c * z->o * count[f], made + u * MOST * stride,
+                          stride, width);
+          }
           for (int64_t k = 0; k < group; k++)
-            for (int64_t j = 0; j < rows; j++) {
-              float *to = x + ((r * z->c + c + k) * z->h + y + j * z->s) * z->w + u;
-              const float *from = made + k * stride + j * row;
-              if (z->t == 1)
-                copy(to, from, columns);
-              else
-                for (int64_t n = 0; n < columns; n++) to[n * z->t] = from[n];
-            }
+            for (int64_t j = 0; y + j * z->s < z->h; j++)
+              together(x + ((r * z->c + c + k) * z->h + y + j * z->s) * z->w,
+                       made + k * stride + j * row, MOST * stride, z->t, z->w);
         }
-      }
     }
     free(planes);
     free(made);
@@ -318,66 +375,4 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
   free(at);
   free(packed);
   return failed;
-}
-
-/* ---------------------------------------------------------------- products of thin matrices
- *
- *   y[n,i,j] = sum_k a[n,i,k] b[n,k,j]    a and b with any strides but 1 along j, y whole
- *
- * R rows of y and V vectors of its columns stay in registers while all k are added. (Writing
- * y past the caches was tried: no faster, and slower where k is small.)
- */
-typedef struct {
-  int64_t n, i, k, j;
-  int64_t an, ai, ak, bn, bk;
-  int64_t yn, yi;
-} Product;
-
-#define STRIP(R, V)                                                                                \
-  static inline void strip_##R##_##V(const float *a, const float *b, float *y, const Product *z,   \
-                                     int rows) {                                                   \
-    vec sum[R][V];                                                                                 \
-    int64_t at[R]; /* where there are fewer rows the first stands in */                            \
-    UNROLL for (int r = 0; r < R; r++) at[r] = r < rows ? r * z->ai : 0;                           \
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sum[r][v] = (vec){0};    \
-    for (int64_t k = 0; k < z->k; k++, b += z->bk, a += z->ak) {                                   \
-      vec x[V];                                                                                    \
-      UNROLL for (int v = 0; v < V; v++) x[v] = *(const vec *)(b + v * LANES);                     \
-      UNROLL for (int r = 0; r < R; r++)                                                           \
-        UNROLL for (int v = 0; v < V; v++) sum[r][v] += a[at[r]] * x[v];                           \
-    }                                                                                              \
-    UNROLL for (int r = 0; r < R; r++)                                                             \
-      if (r < rows) UNROLL for (int v = 0; v < V; v++) *(vec *)(y + r * z->yi + v * LANES) = sum[r][v]; \
-  }                                                                                                \
-  /* R rows of y, V vectors at a time; the last are moved back to its end, over some done before */ \
-  static void rows_##R##_##V(const float *a, const float *b, float *y, const Product *z, int rows) { \
-    int64_t j = 0;                                                                                 \
-    for (; j + V * LANES <= z->j; j += V * LANES) strip_##R##_##V(a, b + j, y + j, z, rows);       \
-    j = z->j - V * LANES;                                                                          \
-    if (z->j % (V * LANES)) strip_##R##_##V(a, b + j, y + j, z, rows);                             \
-  }
-
-#if LANES == 8
-STRIP(8, 1) STRIP(4, 2)
-#define ROWS(vecs) ((vecs) == 1 ? 8 : 4)
-#define STRIPS(vecs) ((vecs) == 1 ? rows_8_1 : rows_4_2)
-#define VECS 2
-#else
-STRIP(14, 1) STRIP(10, 2) STRIP(8, 3) STRIP(6, 4)
-#define ROWS(vecs) ((vecs) == 1 ? 14 : (vecs) == 2 ? 10 : (vecs) == 3 ? 8 : 6)
-#define STRIPS(vecs) ((vecs) == 1 ? rows_14_1 : (vecs) == 2 ? rows_10_2 : (vecs) == 3 ? rows_8_3 : rows_6_4)
-#define VECS 4
-#endif
-
-/* y has at least one vector of columns. */
-void batchjac_product(const float *a, const float *b, float *y, const Product *z, int threads) {
-  const int vecs = z->j / LANES < VECS ? (int)(z->j / LANES) : VECS, many = ROWS(vecs);
-  const int64_t blocks = (z->i + many - 1) / many;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-  for (int64_t n = 0; n < z->n; n++)
-    for (int64_t m = 0; m < blocks; m++) {
-      const int64_t first = m * many;
-      const int rows = z->i - first < many ? (int)(z->i - first) : many;
-      STRIPS(vecs)(a + n * z->an + first * z->ai, b + n * z->bn, y + n * z->yn + first * z->yi, z, rows);
-    }
 }
