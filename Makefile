@@ -15,6 +15,9 @@ TEST_JOBS   ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 
+# Installing compiles these, where there is a C compiler.
+KERNELS := hatch_build.py $(wildcard src/batchjac/native/*.[ch])
+
 .PHONY: demo test doctest suite check format bench docs clean
 .DELETE_ON_ERROR:
 
@@ -51,7 +54,7 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps make a second run fast: pip is asked again only when what to install has changed.
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "installing batchjac and everything its tests need into $(VENV), once: a minute or two"
 	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.installed-demo
@@ -61,7 +64,7 @@ $(VENV)/.installed-bench: pyproject.toml constraints.txt $(VENV)/.installed-dev 
 	$(INSTALL) --editable '.[$(EXTRAS),bench]'
 	@touch $@
 
-$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-demo: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "installing batchjac and what the demo needs into $(VENV), once: a minute or two"
 	$(INSTALL) --editable '.[demo]'
 	@touch $@

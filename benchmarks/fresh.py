@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.peak import level, status
+from tests.resident import level, status
 
 MEMORY, TIME = 77, 78  # how the guard ends the process
 NO_MEMORY = ("can't allocate memory", "out of memory", "RESOURCE_EXHAUSTED", "OOM when")

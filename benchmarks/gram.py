@@ -13,7 +13,6 @@ to be compared; then those that are right are timed in turns in one process.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import batchjac
 from benchmarks import fresh
+from benchmarks.__main__ import environment
 from benchmarks.fresh import Say
 from benchmarks.models import Residual, resnet18
 
@@ -269,9 +269,10 @@ def line(row: dict[str, Any]) -> str:
     ours = row["ways"]["batchjac"].get("median")
     parts = []
     for name, cell in row["ways"].items():
-        if "median" in cell and ours:
-            ratio, peak = cell["median"] / ours, (cell["peak"] or 0) / 2**20
-            parts.append(f"{name} {cell['median']:.3g} s ({ratio:.1f}x) {peak:.0f} MiB")
+        if "median" in cell:
+            against = f" ({cell['median'] / ours:.1f}x)" if ours else ""
+            peak = (cell["peak"] or 0) / 2**20
+            parts.append(f"{name} {cell['median']:.3g} s{against} {peak:.0f} MiB")
         else:
             parts.append(f"{name}: {cell.get('failed', 'not timed')}")
     return f"{row['case']:>9} {row['figure']:>7} | " + " | ".join(parts)
@@ -288,8 +289,8 @@ def main() -> None:
         for figure in WAYS if case.name in given.cases else ():
             rows.append(measure(case, figure, given.repeats))
             print(line(rows[-1]), flush=True)
-    environment = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-    RESULTS.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    data = {"environment": environment("cpu"), "rows": rows}
+    RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.fresh import Say
 from benchmarks.measure import Form, Options, off, shape_of, synchronise
 from benchmarks.models import cnn1d
 from benchmarks.ways import OURS, ROW_LOOP, row_loop, sample_loop, walk
-from tests.peak import Watched, level
+from tests.resident import Watched, level
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 194_109)
 BUDGET = 512 << 20

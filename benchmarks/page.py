@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, table, training_table
+from benchmarks import gram_table, plots, table, training_table
 from benchmarks.table import Data, leads, number, ratio
 
 RESULTS = Path("benchmarks/results")
@@ -28,10 +28,9 @@ METHOD = """\
   of several chunks of samples, each written into one result made beforehand; the chunk stands in
   brackets. batchjac's two forms are the plain call and `out=`. A ratio takes the faster form of
   both sides.
-- All ways of a case take turns in one process after a warm-up (A B C, B C A, …: batchjac came after
-  TensorFlow or JAX, whose threads go on for a while, so that small cases look slower than they
-  are; from now on the order is drawn), with {pause:.0f} ms of rest before each call; the figure is
-  the median, a ratio the median over turns.
+- All ways of a case take turns in one process after a warm-up, in an order drawn for each turn, so
+  that none always follows another, whose threads may go on for a while; {pause:.0f} ms of rest come
+  before each call. The figure is the median, a ratio the median over turns.
   A way that took over a second, and ten times what another took, is called once: †.
 - *too large*: more than {memory:g} GiB beside model and data; *too slow*: more than {seconds:g} s a
   call, extrapolated from few samples or the best chunk. Neither is run to the end.
@@ -182,9 +181,10 @@ def page(results: Path, docs: Path) -> Path:
             )
         elif kind == "cuda":
             parts.append("## On a GPU\n\nNot measured; `python -m benchmarks --device cuda` does.")
-    steps = results / "training.json"
-    if steps.exists():
-        parts.append(training_table.section(json.loads(steps.read_text())))
+    for name, text in (("training", training_table.section), ("gram", gram_table.section)):
+        path = results / f"{name}.json"
+        if path.exists():
+            parts.append(text(json.loads(path.read_text())))
     written = docs / "performance.md"
     written.write_text("\n\n".join(p.rstrip("\n") for p in parts) + "\n")
     return written

@@ -1,4 +1,4 @@
-"""What several tests of the public functions share: a batch in float64, a small network, equality.
+"""What several tests of the public functions share: a batch in float64, small networks, equality.
 
 Tests that ``pytest.mark.usefixtures("float64")`` make their models and tensors in double precision.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import batchjac
 
 N = 5  # samples
 
@@ -33,6 +35,11 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
 
 
+def wide(i: int, o: int) -> nn.Sequential:
+    """From i numbers to o of them."""
+    return nn.Sequential(nn.Linear(i, 8), nn.Tanh(), nn.Linear(8, o))
+
+
 def batch(*shape: int) -> Tensor:
     """N samples, of three numbers unless told."""
     return torch.randn(N, *(shape or (3,)))
@@ -47,3 +54,15 @@ def full_truth(f: Callable[..., Any], x: Tensor) -> Tensor:
     """``[N, *out, N, *in]``, which is what PyTorch's own function returns."""
     found: Tensor = torch.autograd.functional.jacobian(copy.deepcopy(f), x)
     return found
+
+
+def times(j: Tensor, v: Tensor) -> Tensor:
+    """``J v`` of Jacobians ``[N, O, I]`` and vectors ``[N, I]``."""
+    return torch.einsum("noi,ni->no", j, v)
+
+
+def parameter_rows(f: nn.Module, x: Any, **options: Any) -> Tensor:
+    """The Jacobians by all parameters as matrices, ``[N, O, P]``."""
+    j = batchjac.jacobian(f, x, wrt="parameters", **options)
+    sizes = {name: p.numel() for name, p in f.named_parameters()}
+    return torch.cat([t.reshape(len(t), -1, sizes[name]) for name, t in j.items()], 2)

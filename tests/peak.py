@@ -1,22 +1,15 @@
 """Peak memory of calls, each in a process of its own: ``python -m tests.peak conv 64 128``.
 
-The parent imports torch and builds nothing; a child is forked for every budget, warms up on two
-samples, unless the call is a cold one, and measures how far the memory of its process rises above
-where it then stands.
+Each warms up on two samples, unless it is a cold one, and measures how far the memory of its
+process rises above where it then stands.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import json
-import os
-import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import batchjac
-from batchjac.errors import BatchjacError
+from tests.resident import Watched, level, main, status
 from tests.routes import one_row_at_a_time
 
 
@@ -221,45 +214,10 @@ CALLS = {
 }  # fmt: skip
 
 
-def status(key: str) -> int:
-    """Bytes from ``/proc/self/status``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) << 10
-    raise KeyError(key)
-
-
-def level(key: str = "VmRSS") -> int:
-    """Bytes held now, freed pages given back; the high-water mark starts again from here."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return status(key)
-
-
-class Watched:
-    """The most anonymous memory while a block runs: pages of a mapped file can be dropped.
-
-    So can those of torch's libraries, of which a first call touches 17 MiB for the first time.
-    """
-
-    def __enter__(self) -> Watched:
-        self.peak, self.stop = status("RssAnon"), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.stop.wait(0.001):
-            self.peak = max(self.peak, status("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-
-def measure(call: Call, budget: int) -> dict[str, Any]:
+def measure(name: str, budget: int) -> dict[str, Any]:
     """Bytes above the level after a warm-up, if there is one, and bytes of the result."""
     torch.manual_seed(0)
+    call = CALLS[name]
     if call.singly:
         one_row_at_a_time(pytest.MonkeyPatch())
     f, x = call.function(), call.inputs()
@@ -296,29 +254,5 @@ def train(f: Callable[..., Any], x: Tensor, budget: int, options: dict[str, Any]
     return 2 * j.nbytes
 
 
-def in_child(call: Call, budget: int) -> dict[str, Any]:
-    """``measure`` in a process that did nothing before."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            said = measure(call, budget)
-        except BatchjacError as error:
-            said = {"error": str(error)}
-        os.write(writer, json.dumps(said).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        text = stream.read()
-    _, code = os.waitpid(child, 0)
-    return json.loads(text) if text else {"error": f"the process ended with {code}"}
-
-
-def main(name: str, budgets: list[str]) -> None:
-    torch.set_num_threads(1)
-    for mebibytes in budgets:
-        print(json.dumps(in_child(CALLS[name], int(mebibytes) << 20)), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(measure)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import batchjac
-from batchjac.errors import BatchjacError
-from tests.peak import level, small_conv, status
+from tests.peak import small_conv
+from tests.resident import level, main, status
 
 
 def wide() -> nn.Module:
@@ -44,25 +41,5 @@ def measure(name: str, budget: int) -> dict[str, Any]:
             "rows": len(x) * 10 * sum(p.numel() for p in f.parameters()) * 4}  # fmt: skip
 
 
-def in_child(name: str, budget: int) -> dict[str, Any]:
-    """``measure`` in a process that did nothing before."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            said = measure(name, budget)
-        except BatchjacError as error:
-            said = {"error": str(error)}
-        os.write(writer, json.dumps(said).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        text = stream.read()
-    _, code = os.waitpid(child, 0)
-    return json.loads(text) if text else {"error": f"the process ended with {code}"}
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for mebibytes in sys.argv[2:]:
-        print(json.dumps(in_child(sys.argv[1], int(mebibytes) << 20)), flush=True)
+    main(measure)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchjac import calibration, cost, kernels, pace
+from batchjac import calibration, convolutions, cost, kernels, pace
 from batchjac.calibration import FRESH, note, recalled
-from batchjac.kernels import Convolution
+from batchjac.convolutions import Convolution
 
 LAYER = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
 SIZES = (32, 3, 16, 16)
@@ -24,7 +24,7 @@ SIZES = (32, 3, 16, 16)
 def forget() -> None:
     """As a new process starts."""
     kernels.fastest.cache_clear()
-    kernels._fastest_convolution.cache_clear()
+    convolutions._fastest_convolution.cache_clear()
     calibration._choices.cache_clear()
 
 
@@ -45,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(those))
         return [2.0] * (len(those) - 1) + [1.0]
 
-    monkeypatch.setattr(kernels, "_seconds", seconds)
+    monkeypatch.setattr(kernels, "seconds", seconds)
     return found
 
 
@@ -55,8 +55,10 @@ def ask() -> Tensor:
     assert torch.allclose(kernels.linear(g, w), torch.full((512, 256), 256.0))
     g = torch.randn(32, 16, 16, 16)
     w = torch.randn(16, 3, 3, 3)
-    found = kernels.convolution(g, w, SIZES, LAYER)
-    torch.testing.assert_close(found, kernels.backward(g, w, SIZES, LAYER), rtol=1e-4, atol=1e-4)
+    found = convolutions.convolution(g, w, SIZES, LAYER)
+    torch.testing.assert_close(
+        found, convolutions.backward(g, w, SIZES, LAYER), rtol=1e-4, atol=1e-4
+    )
     return found
 
 
@@ -65,15 +67,16 @@ TWICE = 1 + (kernels._onednn() is not None)
 
 COUNTED = """
 import torch
-from batchjac import kernels
-seconds, count = kernels._seconds, [0]
+from batchjac import convolutions, kernels
+seconds, count = kernels.seconds, [0]
 def counted(*given):
     count[0] += 1
     return seconds(*given)
-kernels._seconds = counted
+kernels.seconds = counted
 kernels.linear(torch.ones(512, 256), torch.ones(256, 256))
-layer = kernels.Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
-kernels.convolution(torch.ones(32, 16, 16, 16), torch.ones(16, 3, 3, 3), (32, 3, 16, 16), layer)
+layer = convolutions.Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+g, w = torch.ones(32, 16, 16, 16), torch.ones(16, 3, 3, 3)
+convolutions.convolution(g, w, (32, 3, 16, 16), layer)
 print(count[0])
 """
 
@@ -100,9 +103,9 @@ def test_what_was_chosen_is_chosen_again(folder: Path, measured: list[int]) -> N
     assert len(measured) == TWICE
     assert kernels.chosen_linear() in (*kernels.LINEAR, None)
     shapes = ((32, 16, 16, 16), (16, 3, 3, 3), SIZES)
-    assert kernels.chosen_convolution(LAYER, *shapes, torch.float32, False) == ["backward"]
-    assert kernels.chosen_convolution(LAYER, *shapes, torch.float64, False) == []
-    assert kernels.chosen_convolution(LAYER, (1, 1, 2, 2), *shapes[1:], torch.float32, False)
+    assert convolutions.chosen_convolution(LAYER, *shapes, torch.float32, False) == ["backward"]
+    assert convolutions.chosen_convolution(LAYER, *shapes, torch.float64, False) == []
+    assert convolutions.chosen_convolution(LAYER, (1, 1, 2, 2), *shapes[1:], torch.float32, False)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_a_choice_that_computes_something_else_now_is_not_used(
         "_onednn": lambda: lambda g, w: torch.zeros(len(g), len(w)),
     }
     for name, kernel in wrong.items():
-        monkeypatch.setattr(kernels, name, kernel)
+        monkeypatch.setattr(kernels if name == "_onednn" else convolutions, name, kernel)
     forget()
     ask()  # compares with autograd's own
     assert kernels.fastest() is kernels._mm
@@ -214,11 +217,11 @@ def test_a_choice_that_computes_something_else_now_is_not_used(
 
 def test_a_choice_that_nobody_knows_is_none(folder: Path) -> None:
     shape, weight = (32, 16, 16, 16), (16, 3, 3, 3)
-    trial = kernels._trial(LAYER, shape, weight, SIZES, torch.float32)
+    trial = convolutions._trial(LAYER, shape, weight, SIZES, torch.float32)
     asked = (LAYER, shape, weight, SIZES, torch.float32, False)
     for name, found in (("polyphase", []), ("columns", ["columns"]), ("backward", ["backward"])):
-        note(kernels._question(*trial, False, False), name)
-        assert kernels.chosen_convolution(*asked) == found
+        note(convolutions._question(*trial, convolutions.Around()), name)
+        assert convolutions.chosen_convolution(*asked) == found
 
 
 def test_the_later_of_two_choices_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +246,7 @@ def test_what_is_measured_does_not_depend_on_the_caller(
     """Neither its autocast nor its default device, on which nothing of ours runs."""
     seen: list[bool] = []
     for module in (cost.speed, pace, kernels):
-        for name in ("_best", "_seconds"):
+        for name in ("_best", "_seconds", "seconds"):
             if hasattr(module, name):
                 real = getattr(module, name)
 

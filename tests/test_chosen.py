@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchjac
-from batchjac import calibration, kernels
+from batchjac import calibration, convolutions, kernels
 from batchjac.chosen import CONVOLUTIONS, LATER, MOST
+from batchjac.convolutions import Around
 
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cache in (kernels.fastest, kernels._fastest_convolution, calibration._choices):
+    for cache in (kernels.fastest, convolutions._fastest_convolution, calibration._choices):
         cache.cache_clear()
 
 
@@ -46,9 +47,13 @@ def test_a_convolution_is_measured_and_then_named() -> None:
 
 
 def test_every_kernel_has_words() -> None:
-    layer = kernels.Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
-    names = {n for onward in (False, True) for n in kernels._candidates(layer, 4, onward)}
-    assert CONVOLUTIONS.keys() == names | {"backward"}
+    layer = convolutions.Convolution((1, 1), (0, 0), (1, 1), (0, 0), False, 1)
+    names = {
+        name
+        for onward in (False, True)
+        for name in convolutions._candidates(layer, 4, torch.float32, Around(onward=onward))
+    }
+    assert CONVOLUTIONS.keys() == names | {"backward", "own"}  # own: where it was compiled
 
 
 def test_of_products_the_size_matters_and_whether_samples_share_the_matrix() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
 import batchjac
-from batchjac import kernels, rules
+from batchjac import convolutions, kernels, rules
 from batchjac.engines import compiled, reference
 from batchjac.engines.trace import Refused, describe
 from batchjac.memory import Chunk
@@ -230,8 +230,8 @@ def test_inductor(
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_our_own_kernels_are_called(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(kernels, "_SMALL_CONVOLUTION", 0)
-    monkeypatch.setattr(kernels, "_fastest_convolution", lambda *_: kernels.columns)
+    monkeypatch.setattr(convolutions, "_SMALL_CONVOLUTION", 0)
+    monkeypatch.setattr(convolutions, "_fastest_convolution", lambda *_: convolutions.columns)
     monkeypatch.setattr(kernels, "fastest", lambda: lambda g, w: torch.mm(g, w.t()))
     called: set[str] = set()
 

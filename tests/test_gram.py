@@ -19,8 +19,7 @@ from batchjac.errors import BudgetError
 from batchjac.factors import Factored, Pair, Sizes
 from batchjac.rules import registry
 from benchmarks.models import small_resnet
-from tests.common import close
-from tests.test_operator import parameter_rows
+from tests.common import close, parameter_rows
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from batchjac import kernels
-from batchjac.kernels import Convolution
+from batchjac import convolutions
+from batchjac.convolutions import Around, Convolution
 
 # (dims, stride, padding, dilation, output padding, transposed, groups, channels in, out, kernel)
 LAYERS = {
@@ -44,10 +44,10 @@ def layer(name, dtype, images=3, size=11):
 
 
 KERNELS = [
-    kernels.posed,
-    kernels.columns,
-    kernels.channels_last,
-    kernels.channels_last_within,
+    convolutions.posed,
+    convolutions.columns,
+    convolutions.channels_last,
+    convolutions.channels_last_within,
 ]
 
 
@@ -55,12 +55,12 @@ KERNELS = [
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_convolution_kernels_equal_the_operator(name, kernel):
     g, w, sizes, spec = layer(name, torch.float64)
-    if kernel is kernels.columns and not kernels._has_columns(spec, g.dim()):
+    if kernel is convolutions.columns and not convolutions._has_columns(spec, g.dim()):
         assert spec.transposed or spec.groups > 1 or max(spec.dilation) > 1 or g.dim() == 5
         return
     if kernel in KERNELS[2:] and g.dim() == 5:
         return  # three axes have a layout of their own
-    expected = kernels.backward(g, w, sizes, spec)
+    expected = convolutions.backward(g, w, sizes, spec)
     if "wide" in name:  # it reaches further than the input: shapes show it, and it is not chosen
         assert kernel(g, w, sizes, spec).shape != expected.shape
         return
@@ -72,25 +72,27 @@ def test_convolution_kernels_equal_the_operator(name, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_chosen_convolution_equals_the_operator(name, dtype, last, onward, monkeypatch):
-    monkeypatch.setattr(kernels, "_SMALL_CONVOLUTION", 0)
-    kernels._fastest_convolution.cache_clear()
+    monkeypatch.setattr(convolutions, "_SMALL_CONVOLUTION", 0)
+    convolutions._fastest_convolution.cache_clear()
     g, w, sizes, spec = layer(name, dtype, images=5)
     if last:
         g = g.movedim(1, -1).contiguous().movedim(-1, 1)
-    found = kernels.convolution(g, w, sizes, spec, onward)
-    torch.testing.assert_close(found, kernels.backward(g, w, sizes, spec), rtol=1e-4, atol=1e-4)
-    assert kernels._fastest_convolution.cache_info().currsize == 1
+    found = convolutions.convolution(g, w, sizes, spec, onward)
+    torch.testing.assert_close(
+        found, convolutions.backward(g, w, sizes, spec), rtol=1e-4, atol=1e-4
+    )
+    assert convolutions._fastest_convolution.cache_info().currsize == 1
 
 
 def test_a_kernel_that_is_wrong_is_not_chosen(monkeypatch):
-    for name in ("posed", "columns", "channels_last_within"):
-        monkeypatch.setattr(kernels, name, lambda g, w, sizes, layer: torch.zeros(sizes))
+    for name in ("posed", "columns", "channels_last_within", "own"):
+        monkeypatch.setattr(convolutions, name, lambda g, w, sizes, layer: torch.zeros(sizes))
     g, w, sizes, spec = layer("strided", torch.float32)
-    kernels._fastest_convolution.cache_clear()
+    convolutions._fastest_convolution.cache_clear()
     shapes = (tuple(g.shape), tuple(w.shape), tuple(sizes))
-    chosen = kernels._fastest_convolution(spec, *shapes, torch.float32, 1, False, False)
-    kernels._fastest_convolution.cache_clear()
-    assert chosen is kernels.backward
+    chosen = convolutions._fastest_convolution(spec, *shapes, torch.float32, 1, Around())
+    convolutions._fastest_convolution.cache_clear()
+    assert chosen is convolutions.backward
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,49 +1,25 @@
-"""``batchjac.operator``: products, blocks, figures, and the forms of other libraries."""
+"""``batchjac.operator``: products, blocks, compositions, and what it says."""
 
 from __future__ import annotations
 
-import copy
-import subprocess
-import sys
-import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import batchjac
 from batchjac.errors import (
-    BudgetError,
-    CouplingError,
     InputError,
     InputTypeError,
     NameNotFoundError,
     SelectionError,
-    StateError,
     UnsupportedError,
 )
 from batchjac.lazy import Jacobian
-from tests.common import N, Result, batch, close, full_truth, mlp
+from tests.common import N, Result, batch, close, mlp, parameter_rows, times, wide
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def square() -> nn.Sequential:
-    """As many outputs as inputs."""
-    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 4))
-
-
-def wide(i: int, o: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(i, 8), nn.Tanh(), nn.Linear(8, o))
-
-
-def times(j: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("noi,ni->no", j, v)
-
-
-# ---- products
 
 
 def test_products_and_their_transposes() -> None:
@@ -102,13 +78,6 @@ def test_selected_outputs(outputs: Any) -> None:
     p = batchjac.operator(f, x, outputs=outputs, wrt="parameters")
     rows = parameter_rows(f, x, outputs=outputs)
     close(p.gram(across=True), torch.einsum("nop,mqp->nomq", rows, rows))
-
-
-def parameter_rows(f: nn.Module, x: Any, **options: Any) -> Tensor:
-    """``[N, O, P]``."""
-    j = batchjac.jacobian(f, x, wrt="parameters", **options)
-    sizes = {name: p.numel() for name, p in f.named_parameters()}
-    return torch.cat([t.reshape(len(t), -1, sizes[name]) for name, t in j.items()], 2)
 
 
 def test_layers_inputs_and_parameters_together() -> None:
@@ -177,9 +146,6 @@ def test_products_of_a_constant_are_zero() -> None:
     assert not a.norm().any()
 
 
-# ---- blocks and compositions
-
-
 def test_blocks_by_flat_indices() -> None:
     f, x = mlp(), batch()
     a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
@@ -222,339 +188,6 @@ def test_what_does_not_fit_is_not_composed() -> None:
         p @ p.T
 
 
-# ---- figures
-
-
-@pytest.mark.parametrize(("i", "o"), [(3, 6), (6, 3)])
-def test_norms_and_grams(i: int, o: int) -> None:
-    f, x = wide(i, o), batch(i)
-    a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
-    close(a.norm(), j.flatten(1).norm(dim=1))
-    close(a.norm(squared=True), j.square().sum((1, 2)))
-    close(a.gram(), j @ j.mT)
-    close(a.gram(of="inputs"), j.mT @ j)
-    close(a.T.gram(), j.mT @ j)
-    close(a.matrix(), j)
-
-
-def test_diagonal_and_trace() -> None:
-    f, x = square(), batch(4)
-    a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
-    close(a.diag(), j.diagonal(dim1=1, dim2=2))
-    close(a.trace(), j.diagonal(dim1=1, dim2=2).sum(1))
-    with pytest.raises(InputError, match="one block is 4 x 3"):
-        batchjac.operator(mlp(), batch()).trace()
-
-
-def test_leading_singular_values_of_a_small_block() -> None:
-    f, x = square(), batch(4)
-    a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
-    found = a.svd(2)
-    close(found.S, torch.linalg.svdvals(j)[:, :2])
-    close(found.U @ found.S.diag_embed() @ found.Vh, a.svd(4).U[..., :2]
-          @ a.svd(4).S[:, :2].diag_embed() @ a.svd(4).Vh[:, :2])  # fmt: skip
-
-
-def test_leading_singular_values_of_a_large_block_by_products() -> None:
-    """Halko, Martinsson and Tropp: with decay, the leading part to far below the gap."""
-    q1, q2 = (torch.linalg.qr(torch.randn(60, 60))[0] for _ in range(2))
-    s = 0.6 ** torch.arange(60)
-    weight = q1 @ s.diag() @ q2
-
-    def f(x: Tensor) -> Tensor:
-        return x @ weight.T
-
-    a = batchjac.operator(f, batch(60))
-    generator = torch.Generator().manual_seed(0)
-    found = a.svd(5, generator=generator)
-    close(found.S, s[:5].expand(N, 5))
-    close(found.U.mT @ found.U, torch.eye(5).expand(N, 5, 5))
-    close(a @ found.Vh.mT, found.U * found.S[:, None])
-    assert torch.equal(a.svd(5, generator=generator.manual_seed(0)).S, found.S)
-
-
-def test_the_estimate_of_the_norm_has_its_mean_and_variance() -> None:
-    """Hutchinson, 1990, proposition 1: variance ``2 sum_{o != p} (J Jᵀ)[o,p]²`` of one vector."""
-    f, x = mlp(), batch()
-    generator = torch.Generator().manual_seed(1)
-    for wrt in (None, "parameters"):
-        a = batchjac.operator(f, x, wrt=wrt)
-        gram = a.gram()
-        variance = 2 * (gram - gram.diagonal(dim1=1, dim2=2).diag_embed()).square().sum((1, 2))
-        check_estimates(
-            lambda a=a: a.norm(samples=1, squared=True, generator=generator),
-            a.norm(squared=True), variance,
-        )  # fmt: skip
-        first = a.norm(samples=3, generator=generator.manual_seed(2))
-        assert torch.equal(first, a.norm(samples=3, generator=generator.manual_seed(2)))
-
-
-def test_the_estimate_of_the_trace_has_its_mean_and_variance() -> None:
-    f, x = square(), batch(4)
-    a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
-    s = (j + j.mT) / 2
-    off = s - s.diagonal(dim1=1, dim2=2).diag_embed()
-    generator = torch.Generator().manual_seed(1)
-    check_estimates(
-        lambda: a.trace(samples=1, generator=generator), a.trace(), 2 * off.square().sum((1, 2))
-    )
-
-
-def check_estimates(draw: Any, exact: Tensor, variance: Tensor, count: int = 1000) -> None:
-    """Mean and variance of many draws, each to five of its own standard errors."""
-    drawn = torch.stack([draw() for _ in range(count)])
-    mean, found = drawn.mean(0), drawn.var(0)
-    fourth = (drawn - mean).pow(4).mean(0)
-    assert ((mean - exact).abs() <= 5 * (variance / count).sqrt() + 1e-12).all()
-    assert ((found - variance).abs() <= 5 * ((fourth - found**2) / count).sqrt() + 1e-9).all()
-    assert (found > 0).all()
-
-
-# ---- other libraries
-
-
-def test_as_a_scipy_operator() -> None:
-    f, x = square(), batch(4)
-    for wrt in (None, "parameters"):
-        a = batchjac.operator(f, x, wrt=wrt)
-        matrix = a.matrix()
-        whole = torch.block_diag(*matrix) if wrt is None else matrix.flatten(0, 1)
-        s, dense = a.to_scipy(), whole.numpy()
-        assert s.shape == dense.shape
-        assert s.dtype == np.float64
-        v, u = np.random.randn(s.shape[1], 3), np.random.randn(s.shape[0], 2)
-        np.testing.assert_allclose(s @ v, dense @ v, atol=1e-12)
-        np.testing.assert_allclose(s.T @ u, dense.T @ u, atol=1e-12)
-        np.testing.assert_allclose(s @ v[:, 0], dense @ v[:, 0], atol=1e-12)
-        np.testing.assert_allclose(s.rmatvec(u[:, 0]), dense.T @ u[:, 0], atol=1e-12)
-
-
-def test_scipy_solves_with_it() -> None:
-    from scipy.sparse.linalg import lsmr
-
-    f, x = nn.Sequential(nn.Linear(4, 4)), batch(4)
-    a, u = batchjac.operator(f, x), batch(4)
-    found = lsmr(a.to_scipy(), u.flatten().numpy(), atol=1e-13, btol=1e-13)[0]
-    close(a @ torch.as_tensor(found).reshape(N, 4), u)
-
-
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_bsr])
-def test_as_a_sparse_matrix(layout: torch.layout) -> None:
-    a = batchjac.operator(mlp(), batch())
-    found = a.to_sparse(layout)
-    assert found.layout == layout
-    close(found.to_dense(), torch.block_diag(*a.matrix()))
-    with pytest.raises(InputError, match="sparse_coo"):
-        a.to_sparse(torch.sparse_csr)
-    with pytest.raises(UnsupportedError, match="shared"):
-        batchjac.operator(mlp(), batch(), wrt="parameters").to_sparse()
-
-
-# ---- guarantees of jacobian
-
-
-def normed(train: bool = True) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).train(
-        train
-    )
-
-
-def test_coupled_samples_are_refused() -> None:
-    for wrt in (None, "parameters"):
-        with pytest.raises(CouplingError, match="BatchNorm"):
-            batchjac.operator(normed(), batch(), wrt=wrt)
-    with pytest.raises(InputError, match="full"):
-        batchjac.operator(normed(), batch(), coupling="sum")
-
-
-def test_frozen_statistics() -> None:
-    f, x = normed(), batch()
-    a, j = batchjac.operator(f, x, coupling="frozen"), batchjac.jacobian(f, x, coupling="frozen")
-    v, u = batch(), batch(2)
-    close(a @ v, times(j, v))
-    close(a.T @ u, times(j.mT, u))
-    close(a.gram(), j @ j.mT)
-    p = batchjac.operator(f, x, coupling="frozen", wrt="parameters")
-    rows = parameter_rows(f, x, coupling="frozen")
-    close(p.gram(across=True), torch.einsum("nop,mqp->nomq", rows, rows))
-
-
-def test_full_coupling_has_products() -> None:
-    f, x = normed(), batch()
-    a, whole = batchjac.operator(f, x, coupling="full"), full_truth(f, x)
-    v, u = batch(), batch(2)
-    close(a @ v, torch.einsum("nomi,mi->no", whole, v))
-    close(a.T @ u, torch.einsum("nomi,no->mi", whole, u))
-    close(a.dense(), whole)
-    for act in (a.gram, a.norm, a.matrix, lambda: a[:, 0], lambda: a.norm(samples=2)):
-        with pytest.raises(UnsupportedError, match="no blocks"):
-            act()
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    f, x = normed(train=False), batch()
-    f[0].weight.requires_grad_(False)
-    before, state = copy.deepcopy(f.state_dict()), torch.get_rng_state()
-    a = batchjac.operator(f, x, wrt="parameters")
-    a.gram()
-    a.T @ batch(2)
-    a.norm(samples=2)
-    torch.set_rng_state(state)
-    batchjac.operator(f, x).norm()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [p.requires_grad for p in f.parameters()] == [False, True, True, True, True, True]
-    assert all(p.grad is None for p in f.parameters())
-    assert all(torch.equal(t, before[k]) for k, t in f.state_dict().items())
-    assert not x.requires_grad
-
-
-def test_parameters_that_changed_are_noticed() -> None:
-    f, x = mlp(), batch()
-    a = batchjac.operator(f, x)
-    with torch.no_grad():
-        f[2].weight.mul_(2)
-    for act in (lambda: a @ batch(), lambda: a.T @ batch(4), a.norm):
-        with pytest.raises(StateError, match="overwritten since"):
-            act()
-
-
-def test_a_closed_operator_says_so() -> None:
-    with batchjac.operator(mlp(), batch()) as a:
-        a @ batch()
-    for act in (lambda: a @ batch(), a.norm, a.gram):
-        with pytest.raises(StateError, match="closed"):
-            act()
-    assert "closed" in repr(a)
-    p = batchjac.operator(mlp(), batch(), wrt="parameters")
-    p.close()
-    with pytest.raises(StateError, match="closed"):
-        p.gram()
-
-
-def test_products_are_differentiable() -> None:
-    f, x = mlp(), batch().requires_grad_()
-    v, u = batch().requires_grad_(), batch(4).requires_grad_()
-    wanted = [x, v, u, *f.parameters()]
-    a = batchjac.operator(f, x, create_graph=True)
-    loss = (a @ v).square().sum() + (a.T @ u).pow(3).sum()
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    j = batchjac.jacobian(f, x, create_graph=True)
-    loss = times(j, v).square().sum() + times(j.mT, u).pow(3).sum()
-    expected = torch.autograd.grad(loss, wanted, allow_unused=True)
-    for one, other in zip(found, expected, strict=True):
-        close(one, other)
-
-
-def test_hooks_run() -> None:
-    """They define the rows; products are those of the rows, one sample at a time."""
-
-    def f(x: Tensor) -> Tensor:
-        h = torch.tanh(x)
-        h.register_hook(lambda g: g.clamp(-0.3, 0.3))
-        return h[:, :2] * x[:, 1:]
-
-    x, v, u = batch(), batch(), batch(2)
-    a, j = batchjac.operator(f, x), batchjac.jacobian(f, x)
-    close(a @ v, times(j, v))
-    close(a.T @ u, times(j.mT, u))
-    close(a.norm(), j.flatten(1).norm(dim=1))
-
-
-class Clips(torch.autograd.Function):
-    """No hook shows it: its backward is not linear in the cotangent."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return (2 * g).clamp(-1.5, 1.5)
-
-
-@pytest.mark.parametrize("count", [None, 3])
-def test_rows_of_what_clips_gradients_make_the_products(count: int | None) -> None:
-    """The rows are those of the identity, whatever the cotangent is that comes first."""
-    f, x = (lambda x: Clips.apply(x) * x), batch()
-    j, u = batchjac.jacobian(f, x), batch(3, *(() if count is None else (count,)))
-    a = batchjac.operator(f, x)
-    close(a.T @ u, torch.einsum("noi,no...->ni...", j, u))
-
-
-@pytest.mark.parametrize(
-    ("wrt", "budget"), [(None, "1MiB"), ("parameters", "2.5MiB"), (["1", "2.weight"], "2MiB")]
-)
-def test_little_memory_takes_samples_in_chunks(wrt: Any, budget: str) -> None:
-    f, x = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 4)), torch.randn(120, 64)
-    a = batchjac.operator(f, x, wrt=wrt)
-    b = batchjac.operator(f, x, wrt=wrt, max_memory=budget)
-    assert a.chunk == 120 > b.chunk
-    v = {k: torch.randn(120, 512) if k == "1" else torch.randn(p.shape)
-         for k, p in {**dict(f.named_parameters()), "1": x}.items()}  # fmt: skip
-    v = (
-        torch.randn(120, 64)
-        if wrt is None
-        else {k: v[k] for k in (wrt if wrt != "parameters" else dict(f.named_parameters()))}
-    )
-    u = torch.randn(120, 4)
-    close(b @ v, a @ v)
-    close(b.T @ u, a.T @ u)
-    close(b.norm(), a.norm())
-    close(b[:, 0], a[:, 0])
-    close(b.norm(samples=2, generator=torch.Generator().manual_seed(0)),
-          a.norm(samples=2, generator=torch.Generator().manual_seed(0)))  # fmt: skip
-    with pytest.raises(BudgetError, match="max_memory"):
-        batchjac.operator(f, x, wrt=wrt, max_memory=1000)
-
-
-def test_a_value_that_depends_on_the_chunk_is_refused() -> None:
-    layer = nn.Linear(64, 2000)
-
-    def f(x: Tensor) -> Tensor:
-        y: Tensor = torch.tanh(layer(x)) / len(x)
-        return y[:, :3]
-
-    with pytest.raises(CouplingError, match="max_memory"):
-        batchjac.operator(f, torch.randn(300, 64), max_memory="4MiB")
-
-
-def test_nothing_is_left_of_an_operator() -> None:
-    f, x = mlp(), batch()
-    a = batchjac.operator(f, x)
-    a @ batch()
-    a.T @ batch(4)
-    a.gram()
-    assert a._kept is not None
-    y = weakref.ref(a._kept.work[0].y)
-    del a
-    assert y() is None
-
-
-@pytest.mark.parametrize("end", ["a.close()", "pass"], ids=["closed", "dropped"])
-def test_a_very_deep_graph_is_taken_apart(end: str) -> None:
-    """Freed from its end up, one node inside the other, it would overflow the stack."""
-    script = f"""
-import torch, batchjac
-def f(x):
-    for _ in range(50_000):
-        x = x * 1.00001
-    return x
-x = torch.randn(4, 2, dtype=torch.float64)
-a = batchjac.operator(f, x)
-torch.testing.assert_close(a.T @ torch.stack([x, -x], 2), 1.00001**50_000 * torch.stack([x, -x], 2))
-{end}
-del a
-print("alive")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=280
-    )
-    assert done.stdout == "alive\n", done.stderr
-
-
-# ---- words
-
-
 def test_it_says_what_it_is() -> None:
     a = batchjac.operator(mlp(), batch(), wrt="parameters")
     said = repr(a)
@@ -571,17 +204,23 @@ def test_it_says_what_it_is() -> None:
         (lambda a: a @ batch(4), InputError, r"got v \[5, 4\]; expected \[5, 3\]"),
         (lambda a: a @ batch(3, 2, 2), InputError, "one axis more at the end"),
         (lambda a: a @ (batch(),), InputError, "nested as"),
-        (lambda a: a @ batch().float(), InputTypeError, "torch.float32"),
-        (lambda a: a @ 3, InputTypeError, "must be a tensor"),
+        (lambda a: a @ batch().float(), InputTypeError,
+         r"v is torch.float32 on cpu.*convert it with \.to\('cpu', torch.float64\)"),
+        (lambda a: a @ batch().to(torch.complex64), InputTypeError, "to the real and to the imag"),
+        (lambda a: a @ batch().to_sparse(), InputTypeError, r"sparse_coo; pass its \.to_dense"),
+        (lambda a: a @ 3, InputTypeError, r"must be a tensor \[5, 3\], got int"),
+        (lambda a: a @ batch().numpy(), InputTypeError, r"got ndarray; convert .*torch\.as_tensor"),
         (lambda a: a[4], SelectionError, "outputs 4 is out of range"),
         (lambda a: a[:, [0, -4]], SelectionError, "inputs -4 is out of range"),
         (lambda a: a[0, 0, 0], InputError, "two axes"),
         (lambda a: a["x"], InputTypeError, "LongTensor, got str"),
         (lambda a: a[True], InputTypeError, "got bool"),
+        (lambda a: a[torch.ones(4) > 0], InputTypeError, r"LongTensor, got torch.bool \[4\]"),
         (lambda a: a.gram(of="rows"), InputError, '"outputs" or "inputs"'),
         (lambda a: a.gram(across=True), InputError, 'wrt="parameters"'),
         (lambda a: a.norm(samples=0), InputError, "at least one"),
         (lambda a: a.norm(samples=1.5), InputTypeError, "number of random vectors"),
+        (lambda a: a.norm(samples=2, generator=1), InputTypeError, r"must be a torch\.Generator"),
         (lambda a: a.svd(0), InputError, "from 1 to 3"),
         (lambda a: a.svd(4), InputError, "from 1 to 3"),
         (lambda a: a.trace(samples=2), InputError, "as many outputs as inputs"),

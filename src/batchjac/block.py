@@ -125,20 +125,46 @@ class Block:
         return self if self.data.device == device else Block(self.data.to(device), self.shape)
 
 
-class Scaled(Block):
+class Waiting(Block):
+    """A block whose rows are made when they are read, from ``source``, and kept.
+
+    What comes next may rather take what they are made of.
+    """
+
+    source: Tensor
+
+    def _hold(self, **fields: object) -> None:
+        """What dataclasses do in a frozen class; ``data`` is computed."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def rows(self) -> int:
+        return int(self.source.shape[0])
+
+    @property
+    def memory(self) -> int:
+        return int(self.source.untyped_storage()._cdata)
+
+    def to(self, dtype: torch.dtype) -> Block:
+        return self if dtype == self.source.dtype else super().to(dtype)
+
+    def on(self, device: torch.device) -> Block:
+        return self if device == self.source.device else super().on(device)
+
+
+class Scaled(Waiting):
     """Rows that all samples share, times a diagonal of each sample's own.
 
-    They are multiplied out when they are read; a product that comes next may rather join the shared
-    rows with its matrix, once for all samples. ``scale`` multiplies a tensor ``[*, *shape]``,
-    broadcast, by the diagonal; ``selects``: it lets entries through or not, and 0 times inf is 0.
+    A product that comes next may rather join the shared rows with its matrix, once for all samples.
+    ``scale`` multiplies a tensor ``[*, *shape]``, broadcast, by the diagonal; ``selects``: it lets
+    entries through or not, and 0 times inf is 0.
     """
 
     def __init__(self, shared: Block, scale: Callable[[Tensor], Tensor], selects: bool) -> None:
-        # what dataclasses do in a frozen class; ``data`` is computed
-        for name, value in (
-            ("shape", shared.shape), ("shared", shared), ("scale", scale), ("selects", selects),
-        ):  # fmt: skip
-            object.__setattr__(self, name, value)
+        self._hold(
+            shape=shared.shape, shared=shared, source=shared.data, scale=scale, selects=selects
+        )
 
     shared: Block
     scale: Callable[[Tensor], Tensor]
@@ -146,27 +172,45 @@ class Scaled(Block):
 
     @cached_property
     def data(self) -> Tensor:
-        return self.scale(self.shared.data)
-
-    @property
-    def rows(self) -> int:
-        return self.shared.rows
-
-    @property
-    def memory(self) -> int:
-        return self.shared.memory
-
-    def to(self, dtype: torch.dtype) -> Block:
-        return self if dtype == self.shared.data.dtype else super().to(dtype)
-
-    def on(self, device: torch.device) -> Block:
-        return self if device == self.shared.data.device else super().on(device)
+        return self.scale(self.source)
 
     def diagonal(self) -> Tensor:
         """The factor of each sample, ``[1, *shape]`` or broadcast to it."""
-        data = self.shared.data
+        data = self.source
         ones = torch.ones((1,) * data.dim(), dtype=data.dtype, device=data.device)
         return self.scale(ones.expand((1,) * (data.dim() - 1) + (self.shape[-1],)))
+
+
+class Scattered(Waiting):
+    """Rows that are zero but for a few places of each plane, which all rows share.
+
+    ``few [V, N, C, P]`` stand at ``index [N, C, P]`` of the planes ``[N, C, *plane]``, flattened,
+    each at a place of its own: what a pooling that keeps the maximum hands down. A diagonal that
+    comes next need only look at those places, and a convolution skips making the zeros.
+    """
+
+    def __init__(self, few: Tensor, index: Tensor, shape: tuple[int, ...]) -> None:
+        self._hold(shape=shape, source=few, few=few, index=index)
+
+    few: Tensor
+    index: Tensor
+
+    @cached_property
+    def data(self) -> Tensor:
+        places = self.index.expand(self.few.shape)
+        sizes = (*self.few.shape[:3], math.prod(self.shape[2:]))
+        flat = self.few.new_zeros(sizes).scatter_(-1, places, self.few)
+        return flat.view(self.rows, *self.shape)
+
+    def reshape(self, shape: Sequence[int]) -> Block:
+        """Of planes reshaped, in which every place keeps its number, the same few."""
+        shape = tuple(shape)
+        kept = len(shape) > 2 and shape[:2] == self.shape[:2]
+        return Scattered(self.few, self.index, shape) if kept else super().reshape(shape)
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """A tensor ``[N, C, *plane]`` at those places: ``[N, C, P]``."""
+        return tensor.flatten(2).gather(-1, self.index)
 
 
 def dense(gradient: Tensor) -> Tensor:

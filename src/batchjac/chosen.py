@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchjac import kernels
+from batchjac import convolutions, kernels
 from batchjac.graph import Step
 from batchjac.rules import conv, registry
 
@@ -24,6 +24,7 @@ CONVOLUTIONS = {
     "channels_last": "channels-last convolution",
     "channels_last_within": "channels-last convolution, its result put in order",
     "columns": "product and shifted adds",
+    "own": "our own kernel",
 }
 _LEFT = {"MmBackward0": 0, "AddmmBackward0": 1, "BmmBackward0": 0}  # the edge of the left factor
 
@@ -98,7 +99,7 @@ def _convolution(step: Step, images: int) -> str | None:
     if not _measured(step):
         return CONVOLUTIONS["backward"]
     shape, sizes = (images, *step.shape[1:]), (images, *edge.shape[1:])
-    names = kernels.chosen_convolution(
+    names = convolutions.chosen_convolution(
         conv.layer(step), shape, step.saved("weight").shape, sizes, edge.meta.dtype,
         conv.onward(edge),
     )  # fmt: skip

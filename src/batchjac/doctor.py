@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchjac import calibration, chosen, kernels, memory
+from batchjac import calibration, chosen, kernels, memory, native
 from batchjac.api import jacobian
 from batchjac.engines import reference
 from batchjac.rules import registry
@@ -324,11 +324,15 @@ def run(write: Callable[[str], object] = print, engine: Engine = jacobian) -> in
 def products() -> list[Finding]:
     """What was measured to be fastest here, and where that is kept for other processes."""
     kernels.fastest()
+    if native.library() is not None:
+        kernels.fastest_batched()
     layers = calibration.choices("Convolution")
     counts = Counter(chosen.CONVOLUTIONS.get(name, name) for name in layers.values())
     each = "; ".join(f"{name} {count}" for name, count in counts.most_common())
     return [
         Finding("matrix product", kernels.chosen_linear() or kernels.LINEAR[0]),
+        Finding("batched product", kernels.chosen_batched() or kernels.BATCHED[0]),
+        Finding("our own kernels", native.described(), present=native.library() is not None),
         Finding("convolutions", f"{len(layers)} shapes measured in a day{each and '; '}{each}"),
         Finding("kept in", str(calibration.folder())),
     ]

@@ -134,6 +134,7 @@ class Factored:
         if alike and isinstance(other, Factored):
             self.pairs += other.pairs
             return
+        # a ``Gathered``, whose protocol lies further down
         block = other if isinstance(other, Block) else other.block()  # type: ignore[attr-defined]
         self.rest = block if self.rest is None else self.rest.plus(block)
 

@@ -2,28 +2,27 @@
 
 oneDNN's linear layer multiplies float32 matrices up to twice as fast as ``torch.mm`` on CPUs that
 MKL does not know, and no faster on others. The operator is private to torch, so it is looked for,
-checked against ``torch.mm`` and timed before it is trusted.
-
-Of the kernels for a convolution toward its input the fastest differs from layer to layer, by up to
-six times: the operator that autograd calls, the same product posed as a convolution of its own,
-that with the channels last in memory, and a matrix product for each image with ``col2im``.
+checked against ``torch.mm`` and timed before it is trusted. So is our own product of a batch of
+matrices beside ``torch.bmm``, which it beats two- to threefold on such CPUs.
 
 What was chosen is kept on disk (``calibration``). A process that finds a choice there does not
-measure again, but it still compares what was chosen with autograd's own kernel on random numbers.
+measure again, but it still compares what was chosen with torch's own kernel on random numbers.
+``convolutions`` does the same for convolutions.
 """
 
 import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from batchjac import native
 from batchjac.calibration import note, recalled
-from batchjac.ordinary import measured, single, unrecorded
+from batchjac.opaque import opaque
+from batchjac.ordinary import single, unrecorded
 from batchjac.plain import unrounded
 from batchjac.product import recorded
 
@@ -32,13 +31,10 @@ SMALL = 1 << 16
 # Below this many a product with a history is left to autograd, whose own node costs less.
 LARGE = 1 << 22
 # oneDNN must win by this much on the trial: noise alone must not choose it.
-_MARGIN = 0.9
+MARGIN = 0.9
 _TRIAL = (512, 256, 256)
 _CHECK = (24, 40, 32)  # of the same to see only whether it is right
-# Bytes of cotangents that convolutions are timed on; smaller questions than the last are not worth
-# the trial, which costs a dozen times the convolution itself.
-_TRIAL_BYTES = 1 << 20
-_SMALL_CONVOLUTION = 1 << 20  # multiply-adds
+_BATCHED_TRIAL, _BATCHED_CHECK = (32, 96, 24, 80), (3, 19, 7, 80)
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,7 +51,7 @@ def linear(g: Tensor, w: Tensor) -> Tensor:
         flat = g.reshape(-1, g.shape[-1])
         kernel = fastest()
         if kernel is not _mm and isinstance(g, FakeTensor):
-            kernel = _opaque("linear")
+            kernel = opaque("linear(Tensor g, Tensor w) -> Tensor", _fastest_product, _rows_by_rows)
         return kernel(flat, w).view(*g.shape[:-1], w.shape[0])
     return torch.matmul(g, w.t())
 
@@ -75,8 +71,8 @@ def fastest() -> Linear:
         return _mm
     known = chosen_linear()
     if known is None:
-        theirs, usual = _seconds((onednn, _mm), *_matrices(_TRIAL))
-        known = LINEAR[theirs < _MARGIN * usual]
+        theirs, usual = seconds((onednn, _mm), *_matrices(_TRIAL))
+        known = LINEAR[theirs < MARGIN * usual]
         note(_LINEAR, known)
     return onednn if known == LINEAR[True] else _mm
 
@@ -93,10 +89,7 @@ def chosen_linear() -> str | None:
 
 def _matrices(sizes: tuple[int, int, int]) -> list[Tensor]:
     m, k, n = sizes
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(s, k, generator=generator, dtype=torch.float32, device="cpu") for s in (m, n)
-    ]
+    return [_random((size, k)) for size in (m, n)]
 
 
 def _right(linear: Linear) -> bool:
@@ -126,7 +119,7 @@ def _onednn() -> Linear | None:
     return onednn
 
 
-def _seconds(kernels: Sequence[Callable[..., Tensor]], *arguments: object) -> list[float]:
+def seconds(kernels: Sequence[Callable[..., Tensor]], *arguments: object) -> list[float]:
     """For each kernel the shortest of a few runs in turns: interference only lengthens a run."""
     least = [math.inf] * len(kernels)
     for _ in range(7):
@@ -137,261 +130,54 @@ def _seconds(kernels: Sequence[Callable[..., Tensor]], *arguments: object) -> li
     return least
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A layer without its tensors; one entry for each axis that its kernel moves along."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    transposed: bool
-    groups: int
+def _fastest_product(g: Tensor, w: Tensor) -> Tensor:
+    return fastest()(g, w)
 
 
-TowardInput = Callable[[Tensor, Tensor, Sequence[int], Convolution], Tensor]
+def _rows_by_rows(g: Tensor, w: Tensor) -> Tensor:
+    return g.new_empty(g.shape[0], w.shape[0])
 
 
-def convolution(
-    g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution, onward: bool = False
-) -> Tensor:
-    """Cotangents ``g[n, o, q]`` of the layer's output, toward its input of these ``sizes``.
-
-    ``onward``: what comes next takes any order of axes in memory, so that channels may stay last.
-    """
-    if not (measured(g) and measured(w)) or _little(g.shape, w.shape):
-        return backward(g, w, sizes, layer)
-    last = not g.is_contiguous() and g.movedim(1, -1).is_contiguous()
-    kernel = _fastest_convolution(
-        *_trial(layer, g.shape, w.shape, sizes, g.dtype), torch.get_num_threads(), last, onward
-    )
-    return kernel(g, w, sizes, layer)
+Batched = Callable[..., Tensor]
 
 
-def _little(shape: Sequence[int], weight: Sequence[int]) -> bool:
-    """Whether the trial would cost more than it can gain."""
-    return math.prod(shape) * math.prod(weight[1:]) < _SMALL_CONVOLUTION
-
-
-def _trial(
-    layer: Convolution,
-    shape: Sequence[int],
-    weight: Sequence[int],
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-) -> tuple[Convolution, tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]:
-    """The question that is measured for this one: so many images as cotangents fit a trial."""
-    most = max(1, _TRIAL_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
-    images = 1 << min(shape[0], most).bit_length() - 1  # few different trials for one layer
-    return layer, (images, *shape[1:]), tuple(weight), (images, *sizes[1:]), dtype
+def batched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a[n,i,k] b[n,k,j]`` for each ``n``."""
+    real = not isinstance(a, FakeTensor) and not isinstance(b, FakeTensor)
+    if real and unrecorded(a) and unrecorded(b) and math.prod(a.shape) * b.shape[2] >= SMALL:
+        right = b if b.stride(2) == 1 else b.contiguous()
+        if native.multiplies(a, right) and (out is None or out.stride(2) == 1):
+            return fastest_batched()(a, right, out=out)
+    return torch.bmm(a, b, out=out)
 
 
 @functools.cache
-def _fastest_convolution(
-    layer: Convolution,
-    shape: tuple[int, ...],
-    weight: tuple[int, ...],
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    threads: int,
-    last: bool,
-    onward: bool,
-) -> TowardInput:
-    """Of the kernels that agree with autograd's own on random numbers, the fastest.
-
-    The first unless another wins clearly. ``channels_last`` spares the next convolution the copy
-    that this one may need; ``posed`` on more images than are tried gains on ``backward``, which
-    makes room for an input that it does not read. ``last``: the channels come last in memory.
-    """
-    trial = (layer, shape, weight, sizes, dtype)
-    question = _question(*trial, last, onward)
-    others = _candidates(layer, len(shape), onward)
-    known = recalled(question)
-    if known == "backward":
-        return backward
-    if known in others and _agreeing([others[known]], layer, (1, *shape[1:]), weight,
-                                     (1, *sizes[1:]), dtype, last):  # fmt: skip
-        return others[known]
-    right = [*reversed(_agreeing(list(others.values()), *trial, last)), backward]
-    names = {kernel: name for name, kernel in others.items()}
-    best, least = right[0], math.inf
-    times = _seconds(right, *_images(shape, weight, dtype, last), sizes, layer)
-    for kernel, seconds in zip(right, times, strict=True):
-        if seconds < _MARGIN * least:
-            best, least = kernel, seconds
-    note(question, names.get(best, "backward"))
-    return best
+@unrounded()
+def fastest_batched() -> Batched:
+    """Our own product where it is right and faster than ``torch.bmm``, else that."""
+    shapes = [((n, i, k), (n, k, j)) for n, i, k, j in (_BATCHED_CHECK, _BATCHED_TRIAL)]
+    check, trial = ([_random(left), _random(right)] for left, right in shapes)
+    right = torch.allclose(native.product(*check), torch.bmm(*check), atol=1e-4)
+    known = recalled(_BATCHED)
+    if right and known not in BATCHED:
+        ours, usual = seconds((native.product, torch.bmm), *trial)
+        known = BATCHED[ours < MARGIN * usual]
+        note(_BATCHED, known)
+    return native.product if right and known == BATCHED[True] else torch.bmm
 
 
-def _question(
-    layer: Convolution,
-    shape: Sequence[int],
-    weight: Sequence[int],
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-    last: bool,
-    onward: bool,
-) -> str:
-    return f"{layer} {shape} {weight} {sizes} {dtype} {last} {onward}"
+BATCHED = ("torch.bmm", "our own")
+_BATCHED = "batched"
 
 
-def _candidates(layer: Convolution, dims: int, onward: bool) -> dict[str, TowardInput]:
-    """What can be tried beside the operator, by name."""
-    found: dict[str, TowardInput] = {"columns": columns} if _has_columns(layer, dims) else {}
-    found["posed"] = posed
-    if dims != 5:  # three axes have a layout of their own, which oneDNN does not gain from
-        name, kernel = (
-            ("channels_last", channels_last) if onward
-            else ("channels_last_within", channels_last_within)
-        )  # fmt: skip
-        found[name] = kernel
-    return found
+def chosen_batched() -> str | None:
+    """Which of ``BATCHED`` products of many matrices use; None where that was not measured yet."""
+    if native.library() is None:
+        return BATCHED[False]
+    known = recalled(_BATCHED)
+    return known if known in BATCHED else None
 
 
-def _images(
-    shape: Sequence[int], weight: Sequence[int], dtype: torch.dtype, last: bool
-) -> tuple[Tensor, Tensor]:
-    """Random cotangents and taps."""
+def _random(shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    g = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
-    if last:
-        g = g.movedim(1, -1).contiguous().movedim(-1, 1)
-    return g, torch.randn(weight, generator=generator, dtype=dtype, device="cpu")
-
-
-def _agreeing(
-    others: Sequence[TowardInput],
-    layer: Convolution,
-    shape: tuple[int, ...],
-    weight: tuple[int, ...],
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    last: bool,
-) -> list[TowardInput]:
-    """Those that give what autograd's own gives."""
-    g, w = _images(shape, weight, dtype, last)
-    expected = backward(g, w, sizes, layer)
-    near = 1e-5 * math.sqrt(math.prod(weight))
-    right = []
-    for other in others:
-        try:
-            found = other(g, w, sizes, layer)
-        except RuntimeError:  # sizes that the kernel does not take
-            continue
-        if found.shape == expected.shape and torch.allclose(found, expected, 1e-4, near):
-            right.append(other)
-    return right
-
-
-def chosen_convolution(
-    layer: Convolution,
-    shape: Sequence[int],
-    weight: Sequence[int],
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-    onward: bool,
-) -> list[str]:
-    """The names of the kernels for cotangents of this shape, one for each order of channels.
-
-    Empty where that was not measured yet; ``backward`` where it is too small to be.
-    """
-    if _little(shape, weight):
-        return ["backward"]
-    trial = _trial(layer, shape, weight, sizes, dtype)
-    names = {"backward", *_candidates(layer, len(shape), onward)}  # a file may hold any
-    known = [recalled(_question(*trial, last, onward)) for last in (False, True)]
-    return list(dict.fromkeys(k for k in known if k in names))
-
-
-def backward(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """The operator that autograd calls; of the input it reads the shape alone."""
-    like = g.new_zeros(1).expand(*sizes)
-    found: Tensor = torch.ops.aten.convolution_backward(
-        g, like, w, None, layer.stride, layer.padding, layer.dilation, layer.transposed,
-        layer.output_padding, layer.groups, [True, False, False],
-    )[0]  # fmt: skip
-    return found
-
-
-def posed(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """The adjoint of a convolution is a transposed one, and the reverse: no input to be read."""
-    rest = [0] * len(layer.stride)
-    if not layer.transposed:
-        reached = [
-            (q - 1) * s - 2 * p + d * (k - 1) + 1
-            for q, s, p, d, k in zip(
-                g.shape[2:], layer.stride, layer.padding, layer.dilation, w.shape[2:], strict=True
-            )
-        ]
-        rest = [size - r for size, r in zip(sizes[2:], reached, strict=True)]
-    return torch.convolution(
-        g, w, None, layer.stride, layer.padding, layer.dilation, not layer.transposed, rest,
-        layer.groups,
-    )  # fmt: skip
-
-
-def channels_last(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """The same with the channels of every place side by side in memory, and left so."""
-    if g.dim() == 3:
-        flat = replace(
-            layer, stride=(1, *layer.stride), padding=(0, *layer.padding),
-            dilation=(1, *layer.dilation), output_padding=(0, *layer.output_padding),
-        )  # fmt: skip
-        wide = (*sizes[:2], 1, *sizes[2:])
-        return channels_last(g.unsqueeze(2), w.unsqueeze(2), wide, flat).squeeze(2)
-    laid = [t.contiguous(memory_format=torch.channels_last) for t in (g, w)]
-    return posed(laid[0], laid[1], sizes, layer)
-
-
-def channels_last_within(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """The same, its result in the usual order."""
-    return channels_last(g, w, sizes, layer).contiguous()
-
-
-def columns(g: Tensor, w: Tensor, sizes: Sequence[int], layer: Convolution) -> Tensor:
-    """``w^T g`` for each image, its taps added where they belong; best toward few channels."""
-    if g.dim() == 3:
-        flat = replace(layer, stride=(1, *layer.stride), padding=(0, *layer.padding))
-        wide = (*sizes[:2], 1, *sizes[2:])
-        return columns(g.unsqueeze(2), w.unsqueeze(2), wide, flat).squeeze(2)
-    where = _opaque("columns") if isinstance(g, FakeTensor) else _columns
-    found: Tensor = where(g, w, sizes, layer.stride, layer.padding)
-    return found
-
-
-def _has_columns(layer: Convolution, dims: int) -> bool:
-    still = not layer.transposed and layer.groups == 1 and set(layer.dilation) == {1}
-    return still and dims in (3, 4)
-
-
-@functools.cache
-def _operators() -> torch.library.Library:
-    """Kernels that compilers may not look into, as operators that they call; made when one does.
-
-    ``_slow_conv2d_backward`` says nothing of its result's shape; oneDNN's linear is lowered for
-    weights that are constants.
-    """
-    made = torch.library.Library("batchjac", "FRAGMENT")
-    made.define("linear(Tensor g, Tensor w) -> Tensor")
-    made.define("columns(Tensor g, Tensor w, int[] sizes, int[] s, int[] pad) -> Tensor")
-    made.impl("linear", lambda g, w: fastest()(g, w), "CPU")
-    made.impl("linear", lambda g, w: g.new_empty(g.shape[0], w.shape[0]), "Meta")
-    made.impl("columns", _columns, "CPU")
-    made.impl("columns", lambda g, w, sizes, s, pad: g.new_empty(sizes), "Meta")
-    return made
-
-
-def _opaque(name: str) -> Callable[..., Tensor]:
-    _operators()
-    found: Callable[..., Tensor] = getattr(torch.ops.batchjac, name)
-    return found
-
-
-def _columns(
-    g: Tensor, w: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    like = g.new_zeros(1).expand(*sizes)
-    found: Tensor = torch.ops.aten._slow_conv2d_backward.output_mask(
-        g, like, w, w.shape[2:], stride, padding, [True, False, False]
-    )[0]
-    return found
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

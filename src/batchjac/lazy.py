@@ -43,7 +43,7 @@ class Jacobian(LinearMap):
         self._samples = problem.samples
         self._heap = memory.Heap()
         self._heap.allow(self._allowed)
-        self._room = memory.spare(self._allowed, 0) * (_BESIDE - 3) // _BESIDE
+        self._room = memory.beside_columns(self._allowed)
         self._kept: Recording | None = None
         self._closed = self._halved = False
         few = self.samples
@@ -90,11 +90,10 @@ class Jacobian(LinearMap):
         """How many samples one forward takes: all, if they fit beside one row."""
         n, need = self.samples, first.need
         fits = self._room // (need.saved + need.live)
-        if fits >= n:
-            return n
         whole = self.problem.coupling != "error" or self.problem.create_graph
-        if whole or fits < 1:  # says what would do
-            memory.chunk(need, n if whole else 1, 1, self._room, 0, whole=True)
+        if fits < (n if whole else 1):
+            together = (n if whole else 1) * (need.saved + need.live)
+            raise BudgetError(memory.too_small_beside(together, self._allowed, whole))
         return int(min(n, fits))
 
     def recordings(self) -> Iterator[Recording]:

@@ -82,7 +82,7 @@ class LinearMap(ABC):
 
     @torch.inference_mode(False)
     def __matmul__(self, other: Any) -> Any:
-        """``A @ v``, or with another map the map that applies it first."""
+        """``A @ v``, one pass; with another map the map that applies it first."""
         if isinstance(other, LinearMap):
             return Composed(self, other)
         blocks, many = self.inputs.parts(other, "v")
@@ -145,7 +145,7 @@ class LinearMap(ABC):
 
     @torch.inference_mode(False)
     def matrix(self) -> Tensor:
-        """Every sample's block as a matrix, ``[N, O, I]``: this is what the map avoids."""
+        """Every sample's block, ``[N, O, I]``, which the map avoids. Cost: min(O, I) passes."""
         over = self.shorter
         found = [piece for _, piece in self.pieces(over)]
         if not found:
@@ -230,7 +230,7 @@ class LinearMap(ABC):
 
     @torch.inference_mode(False)
     def diag(self) -> Tensor:
-        """The diagonal of every sample's block, ``J[n,o,o]``, ``[N, O]``; one pass for each row."""
+        """``J[n,o,o]``, ``[N, O]``: the diagonal of every square block. Cost: O passes."""
         return measures.diagonal(self)
 
     @torch.inference_mode(False)
@@ -272,14 +272,11 @@ class LinearMap(ABC):
         return measures.leading(self, k, generator)
 
     def to_scipy(self) -> Any:
-        """As a ``scipy.sparse.linalg.LinearOperator`` ``[N * O, N * I]``; or ``[N * O, P]``."""
+        """A SciPy ``LinearOperator`` ``[N * O, N * I]``, or ``[N * O, P]``; a product is a pass."""
         return exports.to_scipy(self)
 
     def to_sparse(self, layout: torch.layout = torch.sparse_coo) -> Tensor:
-        """All blocks along the diagonal of one sparse matrix ``[N * O, N * I]``.
-
-        ``layout``: ``torch.sparse_coo`` or ``torch.sparse_bsr``.
-        """
+        """``[N * O, N * I]``, all blocks along the diagonal: COO or BSR. Cost: ``matrix()``."""
         return exports.to_sparse(self, layout)
 
     @torch.inference_mode(False)
@@ -344,6 +341,9 @@ class Transposed(LinearMap):
 
     def columns(self, entries: Sequence[int]) -> Tensor:
         return self.of.rows(entries).transpose(1, 2)
+
+    def refuse_coupled(self) -> None:
+        self.of.refuse_coupled()
 
     def __repr__(self) -> str:
         return f"transpose of {self.of!r}"

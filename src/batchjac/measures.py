@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.errors import InputError, InputTypeError, UnsupportedError
-from batchjac.space import Space
+from batchjac.space import Space, drawn_on
 
 Blocks = Sequence[Block]
 
@@ -141,7 +141,7 @@ def kernel(a: Products) -> Tensor:
 
 def diagonal(a: Products) -> Tensor:
     """``J[n,o,o]``, ``[N, O]``."""
-    _square(a, "diag()")
+    _square(a, "the diagonal")
     found = [piece[:, torch.arange(len(entries)), entries] for entries, piece in a.pieces("rows")]
     return torch.cat(found, 1) if found else _zeros(a, a.samples, 0)
 
@@ -202,7 +202,7 @@ def leading(a: Products, k: int, generator: torch.Generator | None) -> Leading:
         return Leading(u[..., :k], s[:, :k], vh[:, :k])
     refuse_summed(a, "svd(k)")
     a.refuse_coupled()
-    device = a.device if generator is None else generator.device
+    device = drawn_on(generator, a.device)
     start = torch.randn(a.samples, i, width, generator=generator, device=device, dtype=a.dtype)
     found = torch.linalg.qr(_through(a, start.to(a.device)))[0]
     for _ in range(POWER_ITERATIONS):  # an orthonormal basis each time: rounding eats small ones

@@ -9,6 +9,7 @@ and the pages of torch's own code, about 20 MiB, which the system may drop.
 """
 
 import ctypes
+import contextlib
 import functools
 import math
 import numbers
@@ -35,6 +36,7 @@ WALK = 3.0
 # One part in so many of what is left beside the result is set aside for pages freed but not given
 # back, since giving them back takes a millisecond or two.
 HELD = 8
+RECORDED = (5, 8)  # the part of an operator's budget that one forward and a row may take
 # The widest block of a walk. Larger ones leave the last-level cache, and above 32 MiB are fresh
 # pages every time, which glibc maps at a tenth of the speed of reused ones.
 # Source: nine models timed at five to ten chunk sizes each, 32 MiB of L3: the best were at 8 to 24
@@ -112,12 +114,9 @@ def free(device: torch.device) -> int:
 
 
 def _meminfo() -> int:
-    try:
-        found = _system("/proc/meminfo").split(b"MemAvailable:", 1)
-    except OSError:
-        found = []
-    if len(found) == 2:
-        return int(found[1].split(None, 1)[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        _, found = _system("/proc/meminfo").split(b"MemAvailable:", 1)
+        return int(found.split(None, 1)[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -248,7 +247,7 @@ def _need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot]) -> Ne
         for k in range(len(step.outputs))
         if (step.node, k) not in shared
     )
-    widest = max(sizes.values(), default=0)
+    widest = max((sizes | _few(graphs, sizes)).values(), default=0)
     for step in steps:  # of a part of a graph edges lead out
         for e in step.edges:
             if e is not None and (e.node, e.slot) not in sizes:
@@ -262,6 +261,23 @@ def _need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot]) -> Ne
         max(1, math.ceil(live / samples)),
         max(1, widest // samples),
     )
+
+
+def _few(graphs: Sequence[Graph], sizes: Mapping[Slot, int]) -> dict[Slot, int]:
+    """Bytes of a row where a pooling hands down the places of its maxima (``block.Scattered``).
+
+    For the size of a chunk in the cache only: what a budget counts are whole planes.
+    """
+    few: dict[Slot, int] = {}
+    for step in (step for graph in graphs for step in graph.steps):
+        edge, mine = step.edges[0] if step.edges else None, few.get((step.node, 0))
+        if step.name == "MaxPool2DWithIndicesBackward0":
+            mine = sizes[step.node, 0]
+        elif step.name != "ReluBackward0" and not views(step.name):
+            continue
+        if mine is not None and edge is not None and (edge.node, edge.slot) in sizes:
+            few[edge.node, edge.slot] = mine
+    return few
 
 
 @functools.cache
@@ -359,6 +375,22 @@ def _too_small(least: int, allowed: int, result: int, whole: bool) -> str:
         f"{'the whole batch' if whole else 'one sample'} with one row {text(total - result)} "
         f"beside it; the least that would do is max_memory={total}. If the result is what is "
         "large, select outputs= or pass out= a memory-mapped array"
+    )
+
+
+def beside_columns(allowed: int) -> int:
+    """What an operator's forward may take with one row: columns of products wait beside it."""
+    return spare(allowed, 0) * RECORDED[0] // RECORDED[1]
+
+
+def too_small_beside(least: int, allowed: int, whole: bool) -> str:
+    """What to say where ``least`` bytes are more than ``beside_columns``."""
+    of_all = math.ceil(least * RECORDED[1] / RECORDED[0])
+    total = math.ceil(of_all * HELD / (HELD - 1)) + 1
+    return (
+        f"max_memory allows {text(allowed)}, but {'the whole batch' if whole else 'one sample'} "
+        f"with one row takes {text(least)}, and products need room beside it; the least that would "
+        f"do is max_memory={total}. {'Take fewer samples' if whole else 'Raise it'}"
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchjac.block import Block
 from batchjac.errors import InputError, InputTypeError, SelectionError
+from batchjac.problem import check_boundary
 from batchjac.state import normal
 from batchjac.tree import Tree, flatten
 
@@ -142,10 +143,22 @@ class Space:
     def random(self, count: int, samples: int, generator: torch.Generator | None) -> list[Block]:
         """Columns of independent random signs, each sample its own."""
         first = self.leaves[0]
-        device = first.device if generator is None else generator.device
+        device = drawn_on(generator, first.device)
         signs = torch.randint(0, 2, (count, samples, self.width), generator=generator,
                               device=device)  # fmt: skip
         return self.split((2 * signs - 1).to(first.device, first.dtype))
+
+
+def drawn_on(generator: Any, device: torch.device) -> torch.device:
+    """Where random numbers are drawn: on the generator's device, or on this one without one."""
+    if generator is None:
+        return device
+    if not isinstance(generator, torch.Generator):
+        raise InputTypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; a seed "
+            "makes one, torch.Generator().manual_seed(0)"
+        )
+    return generator.device
 
 
 def space(structure: Any, axes: Sequence[Axes | None]) -> Space:
@@ -169,12 +182,19 @@ def _paths(paths: Sequence[str]) -> str:
 def _check_kind(axes: Axes, leaf: Any, what: str) -> None:
     if not isinstance(leaf, Tensor):
         raise InputTypeError(
-            f"{what}{axes.path} must be a tensor {list(axes.shape)}, got {type(leaf).__name__}"
+            f"{what}{axes.path} must be a tensor {list(axes.shape)}, got {type(leaf).__name__}; "
+            "convert arrays with torch.as_tensor, and pass zeros for what does not change"
         )
+    if leaf.is_complex():
+        raise InputTypeError(
+            f"{what}{axes.path} is {leaf.dtype}, and this operator is real; apply it to the real "
+            "and to the imaginary part"
+        )
+    check_boundary(f"{what}{axes.path}", leaf)
     if leaf.dtype != axes.dtype or leaf.device != axes.device:
         raise InputTypeError(
             f"{what}{axes.path} is {leaf.dtype} on {leaf.device}, this operator is {axes.dtype} on "
-            f"{axes.device}; pass {what}.to(...) that"
+            f"{axes.device}; convert it with .to({str(axes.device)!r}, {axes.dtype})"
         )
 
 
@@ -216,7 +236,7 @@ def entries_of(key: Any, size: int, what: str) -> tuple[list[int], bool]:
     ):
         raise InputTypeError(
             f"{what} must be an int, a slice, a range, a list of int, or a 1-D array of integers "
-            f"or LongTensor, got {type(key).__name__}"
+            f"or LongTensor, got {_kind(key)}"
         )
     wrong = [k for k in found if not -size <= int(k) < size]
     if wrong:
@@ -224,6 +244,10 @@ def entries_of(key: Any, size: int, what: str) -> tuple[list[int], bool]:
             f"{what} {wrong[0]} is out of range: flat indices go from 0 to {size - 1}"
         )
     return [int(k) % size for k in found], single
+
+
+def _kind(key: Any) -> str:
+    return f"{key.dtype} {list(key.shape)}" if isinstance(key, Tensor) else type(key).__name__
 
 
 def only(block: Block, samples: Sequence[int]) -> Block:

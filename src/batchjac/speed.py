@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batchjac import kernels
-from batchjac.kernels import Convolution
+from batchjac import kernels, native
+from batchjac.convolutions import Convolution, channels_last_within, columns, own, posed
 
 _RUNS, _MOMENT = 15, 0.01  # seconds
 _FRESH = 4 << 20  # bytes
@@ -31,8 +31,8 @@ def products() -> dict[str, float]:
     q, k = _numbers(128, 160, 16), _numbers(128, 16, 32)  # 5 rows of 32 queries, 32 keys
     return {
         "product": g.numel() * len(w) / _best(lambda: kernels.linear(g, w)),
-        "batched": a.numel() * b.shape[2] / _best(lambda: torch.bmm(a, b)),
-        "heads": q.numel() * k.shape[2] / _best(lambda: torch.bmm(q, k)),
+        "batched": a.numel() * b.shape[2] / _best(lambda: kernels.batched(a, b)),
+        "heads": q.numel() * k.shape[2] / _best(lambda: kernels.batched(q, k)),
         # a node is several operations and as much Python beside them
         "calls": 1 / (6.5 * _best(lambda: torch.mul(s[:2], s[:2]))),
     }
@@ -57,13 +57,15 @@ def convolutions() -> dict[str, float]:
     layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
     images, taps = _numbers(4, 32, 24, 24), _numbers(32, 32, 3, 3)
     sizes, count = list(images.shape), images.numel() * taps[0].numel()
-    # toward one channel, by whichever kernel is fastest, as ``kernels`` would choose
+    # toward one channel, by whichever kernel is fastest, as ``convolutions`` would choose
     few, one = _numbers(16, 8, 24, 24), _numbers(8, 1, 3, 3)
-    toward = [kernels.posed, kernels.columns, kernels.channels_last_within]
+    ours = [own] if native.library() else []
+    toward = [posed, columns, channels_last_within, *ours]
+    wide = min(_best(lambda k=k: k(images, taps, sizes, layer)) for k in (posed, *ours))  # type: ignore[misc]  # as below
     thin = min(_best(lambda k=k: k(few, one, [16, 1, 24, 24], layer)) for k in toward)  # type: ignore[misc]  # mypy does not infer lambdas with defaults
     return {
         "convolution": count / _best(lambda: torch.conv2d(images, taps, padding=1)),
-        "transposed": count / _best(lambda: kernels.posed(images, taps, sizes, layer)),
+        "transposed": count / wide,
         "thin": few.numel() * one[0].numel() / thin,
     }
 

@@ -237,7 +237,7 @@ class Way:
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a[n v k] b[n k i]``; a factor that all samples share is one matrix for all."""
     if len(a) > 1 and len(b) > 1:
-        return torch.bmm(a, b, out=out)
+        return kernels.batched(a, b, out)
     if len(b) == 1:
         flat = a.transpose(0, 1)  # rows come first in memory where rows were pushed down
         return kernels.linear(flat, b[0].t()).transpose(0, 1)

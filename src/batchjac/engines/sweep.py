@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from batchjac.block import Block, Scaled
+from batchjac.block import Block, Waiting
 from batchjac.engines import fallback
 from batchjac.errors import is_out_of_memory
 from batchjac.factors import Factored
@@ -188,8 +188,8 @@ def _owned(rule: registry.Rule, blocks: Blocks, gradients: Blocks) -> Blocks:
         if len(made) > 1:
             return _lent(gradients)
         one = made[0] if made else None
-    # what is scaled is made when it is read, and kept by it
-    if not rule.fresh or one is None or isinstance(one, Scaled):
+    # what waits is made when it is read, and kept by it
+    if not rule.fresh or one is None or isinstance(one, Waiting):
         return gradients
     memory, owned = one.memory, True
     for b in blocks:

@@ -28,9 +28,10 @@ def check_dtype(name: str, j: Tensor) -> None:
             f"linalg.{name} takes real Jacobians, got {j.dtype}; a complex matrix A + iB acts as "
             "the real one [[A, -B], [B, A]]"
         )
+    why = ", which has too few digits to solve with" if j.is_floating_point() else ""
     raise InputTypeError(
-        f"linalg.{name} needs float32 or float64, got {j.dtype}, which has too few digits to solve "
-        "with; convert the model and its inputs with .float() or .double(), or J with J.float()"
+        f"linalg.{name} needs float32 or float64, got {j.dtype}{why}; "
+        "convert the model and its inputs with .float() or .double(), or J with J.float()"
     )
 
 

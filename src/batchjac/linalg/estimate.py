@@ -11,6 +11,7 @@ from batchjac.linalg.lanczos import bidiagonal
 from batchjac.linalg.matrices import Options
 from batchjac.linalg.products import System, system
 from batchjac.linalg.series import series
+from batchjac.space import drawn_on
 
 _TRACES = ("hutchinson", "hutch++")
 _LOGARITHMS = ("lanczos", "power")
@@ -170,7 +171,7 @@ def logdet(
 
 def signs(found: System, count: int, generator: torch.Generator | None) -> Tensor:
     """Random signs ``[N, n, count]``."""
-    where = found.like.device if generator is None else generator.device
+    where = drawn_on(generator, found.like.device)
     shape = (found.samples, found.rows, count)
     drawn = torch.randint(0, 2, shape, generator=generator, device=where)
     return (2 * drawn - 1).to(found.like)

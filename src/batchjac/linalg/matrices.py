@@ -46,10 +46,10 @@ class Axes:
         part = b[first : first + count] if b.dim() else b
         shape = (count, *self.out)
         if tuple(part.shape[: len(shape)]) != shape or part.dim() > len(shape) + 1:
-            expected = ", ".join(["N", *map(str, self.out)])
+            rows = ", ".join(map(str, self.out))
             raise InputError(
-                f"linalg.{name}: b is {list(b.shape)}, expected [{expected}] as the outputs are, "
-                f"or [{expected}, k] for k right sides"
+                f"linalg.{name}: b is {list(b.shape)}, expected [N, {rows}] as the outputs are, or "
+                f"[N, {rows}, k] for k right sides, N the number of samples of the Jacobians"
             )
         if part.dtype != j.dtype or part.device != j.device:
             raise InputTypeError(
@@ -153,7 +153,7 @@ def posed(name: str, inputs: Any, f: Any, options: Options) -> tuple[Problem, in
     if inputs is None:
         raise InputTypeError(
             f"linalg.{name} takes a function and its inputs, or a tensor of Jacobians; got "
-            f"{type(f).__name__} and no inputs"
+            f"{type(f).__name__} and no inputs; convert an array of Jacobians with torch.as_tensor"
         )
     if options.get("coupling") == "full":
         raise InputError(
@@ -226,5 +226,8 @@ def _several(problem: Problem, y: Any) -> str:
 def _as_matrices(name: str, j: Tensor, axes: Axes) -> Tensor:
     check_dtype(name, j)
     if 0 in j.shape:
-        raise InputError(f"linalg.{name}: J {list(j.shape)} has no entries")
+        raise InputError(
+            f"linalg.{name}: J {list(j.shape)} has no entries; a sample, an output and an "
+            "input are needed at least"
+        )
     return j.reshape(len(j), math.prod(axes.out), math.prod(axes.inner))

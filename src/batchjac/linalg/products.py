@@ -16,6 +16,9 @@ from batchjac.problem import differentiable
 
 _OPTIONS = ("of", "wrt", "outputs", "coupling", "create_graph", "max_memory", "batched")
 
+# What takes Jacobians that are not square.
+_INSTEAD = {"solve": "use linalg.lstsq"}
+
 
 class Products(Protocol):
     """A square matrix for each of n samples, of n_rows rows.
@@ -98,9 +101,11 @@ def system(name: str, f: Any, inputs: Any, output_axes: int | None, options: Opt
     ends: tuple[Tensor, ...]
     if isinstance(f, LinearMap):
         if inputs is not None or options:
-            raise InputError(f"linalg.{name}: a linear map has its inputs and options already")
-        for way in (f, f.T):  # a transpose keeps what it is of behind its own T
-            way.refuse_coupled()
+            raise InputError(
+                f"linalg.{name}: a linear map has its inputs and options already; leave "
+                f"{'inputs' if inputs is not None else next(iter(options)) + '='} away"
+            )
+        f.refuse_coupled()
         a, ends = f, ()
     else:
         problem, _ = posed(name, inputs, f, options)
@@ -137,7 +142,7 @@ def _square(name: str, found: System, columns: int) -> System:
     if found.rows != columns:
         raise InputError(
             f"linalg.{name} needs as many outputs as inputs, got Jacobians of {found.rows} x "
-            f"{columns}"
+            f"{columns}; {_INSTEAD.get(name, 'linalg.svdvals takes others')}"
         )
     return replace(found, history=found.history and torch.is_grad_enabled())
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from batchjac.errors import LinAlgError
 from batchjac.linalg.products import System
+from batchjac.space import drawn_on
 
 # Terms that are always taken, and the probability to stop after each further one.
 # Source: Chen et al., Residual flows for invertible generative modeling, 2019: two exact terms and
@@ -37,7 +38,7 @@ def _weights(z: Tensor, terms: int | None, generator: torch.Generator | None) ->
     columns = z.shape[2]
     if terms is not None:
         return terms, torch.ones(terms, columns, dtype=z.dtype, device=z.device)
-    where = z.device if generator is None else generator.device
+    where = drawn_on(generator, z.device)
     uniform = torch.rand(columns, generator=generator, device=where, dtype=torch.float64)
     tiny = torch.finfo(torch.float64).tiny
     more = (uniform.clamp_min(tiny).log() / torch.tensor(1 - _STOP).log().item()).floor()

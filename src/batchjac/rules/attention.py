@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchjac import kernels
 from batchjac.block import Block
 from batchjac.graph import Step
 from batchjac.rules.registry import Blocks, first, forward, rule
@@ -122,7 +123,7 @@ def _shared(step: Step) -> _Shared:
     weights = _softmax(torch.matmul(q * scale, k.mT), _mask(step, q, k)).flatten(0, 1)
     q, k, v = (x.flatten(0, 1) for x in (q * scale, k * scale, v))
     if torch.is_grad_enabled():
-        output = torch.bmm(weights, v)
+        output = kernels.batched(weights, v)
     else:
         output = _wide(step.saved("output")).flatten(0, 1)
     return _Shared(q, k, v, weights.mT, weights.unsqueeze(2), output.unsqueeze(2))
@@ -169,13 +170,13 @@ def _products(step: Step, s: _Shared, g: Tensor) -> list[Tensor | None]:
     g = g.permute(1, 2, 3, 0, 4).flatten(0, 1).contiguous()  # b l v d, with b all n and h
     found: list[Tensor | None] = [None] * len(step.edges)
     if step.edges[2] is not None:
-        found[2] = torch.bmm(s.transposed, g.flatten(2)).unflatten(2, (v, -1))  # b s v d
+        found[2] = kernels.batched(s.transposed, g.flatten(2)).unflatten(2, (v, -1))  # b s v d
     if any(e is not None for k, e in enumerate(step.edges) if k != 2):
         scores = _change(s, g)  # b l v s
         if step.edges[0] is not None:
-            found[0] = torch.bmm(scores.flatten(1, 2), s.k).unflatten(1, (-1, v))
+            found[0] = kernels.batched(scores.flatten(1, 2), s.k).unflatten(1, (-1, v))
         if step.edges[1] is not None:
-            toward_key = torch.bmm(scores.flatten(2).mT, s.q)
+            toward_key = kernels.batched(scores.flatten(2).mT, s.q)
             found[1] = toward_key.unflatten(1, (v, -1)).transpose(1, 2)
         if step.wanted(3) is not None:
             found[3] = scores
@@ -184,7 +185,7 @@ def _products(step: Step, s: _Shared, g: Tensor) -> list[Tensor | None]:
 
 def _change(s: _Shared, g: Tensor) -> Tensor:
     """``dS[b,l,v,s]``."""
-    change = torch.bmm(g.flatten(1, 2), s.v.mT).view(*g.shape[:3], -1)
+    change = kernels.batched(g.flatten(1, 2), s.v.mT).view(*g.shape[:3], -1)
     mean = (g * s.output).sum(-1, keepdim=True)
     if torch.is_grad_enabled():
         return s.weights * (change - mean)
@@ -225,17 +226,17 @@ def _tangent(s: _Shared, tangents: list[Tensor | None]) -> Tensor:
     )
     scores = [] if mask is None else [mask]
     if tq is not None:
-        scores.append(torch.bmm(tq.flatten(1, 2), s.k.mT).unflatten(1, tq.shape[1:3]))
+        scores.append(kernels.batched(tq.flatten(1, 2), s.k.mT).unflatten(1, tq.shape[1:3]))
     if tk is not None:
-        products = torch.bmm(s.q, tk.flatten(1, 2).mT)  # b l (s v)
+        products = kernels.batched(s.q, tk.flatten(1, 2).mT)  # b l (s v)
         scores.append(products.unflatten(2, tk.shape[1:3]).transpose(2, 3))
     found: Tensor | None = None
     if scores:
         change = s.weights * sum(scores[1:], scores[0])  # b l v s
         change = change - s.weights * change.sum(-1, keepdim=True)
-        found = torch.bmm(change.flatten(1, 2), s.v).unflatten(1, change.shape[1:3])
+        found = kernels.batched(change.flatten(1, 2), s.v).unflatten(1, change.shape[1:3])
     if tv is not None:
-        part = torch.bmm(s.transposed.mT, tv.flatten(2)).unflatten(2, tv.shape[2:])
+        part = kernels.batched(s.transposed.mT, tv.flatten(2)).unflatten(2, tv.shape[2:])
         found = part if found is None else found + part
     assert found is not None
     return found

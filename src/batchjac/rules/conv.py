@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from batchjac import kernels
-from batchjac.block import Block
+from batchjac import convolutions
+from batchjac.block import Block, Scattered
+from batchjac.convolutions import Convolution
 from batchjac.factors import Factored, Pair
 from batchjac.graph import Edge, Step
-from batchjac.kernels import Convolution
 from batchjac.rules.apart import each_sample, split
 from batchjac.rules.registry import Blocks, forward, rule
 from batchjac.samples import SHARED, Place, SampleAxis
@@ -101,12 +101,16 @@ def _toward_input(step: Step, g: Block, edge: Edge) -> Block:
     size 1. The input itself is not read; the kernels ask only for its shape.
     """
     weight = step.saved("weight")
+    if isinstance(g, Scattered):
+        sparse = convolutions.scattered(g.few, g.index, g.shape, weight, edge.shape, layer(step))
+        if sparse is not None:
+            return Block(sparse, edge.shape)
     kept = [d for d in range(2, len(g.shape)) if g.data.shape[d + 1] == 1 and _still(step, d - 2)]
     data = g.spread(*(d for d in range(1, len(g.shape)) if d not in kept))
     sizes = [1 if d in kept else size for d, size in enumerate(edge.shape)]
     sizes[0] = data.shape[0] * data.shape[1]
     flat = data.reshape(sizes[0], *data.shape[2:])
-    found = kernels.convolution(flat, weight, sizes, layer(step), onward(edge))
+    found = convolutions.convolution(flat, weight, sizes, layer(step), onward(edge))
     return Block(found.unflatten(0, data.shape[:2]), edge.shape)
 
 

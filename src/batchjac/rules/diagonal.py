@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from batchjac.block import Block, Scaled
+from batchjac.block import Block, Scaled, Waiting
 from batchjac.ordinary import ordinary
 
 
@@ -88,7 +88,7 @@ def alike(tensor: Tensor, data: Tensor) -> Tensor:
 def beside(block: Block, tensor: Tensor) -> Tensor:
     """A tensor of the block's shape, with an axis of rows, in their order in memory."""
     tensor = wide(tensor, len(block.shape))
-    return tensor if isinstance(block, Scaled) else alike(tensor, block.data)
+    return tensor if isinstance(block, Waiting) else alike(tensor, block.data)
 
 
 def scaled(block: Block, factor: complex) -> Block:

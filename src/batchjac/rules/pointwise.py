@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchjac.block import Block
+from batchjac.block import Block, Scattered
 from batchjac.graph import Step
 from batchjac.rules.apart import diagonal, entrywise
 from batchjac.rules.diagonal import (
@@ -137,6 +137,9 @@ GATES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 def relu(step: Step, blocks: Blocks) -> Sequence[Block | None]:
     """``g[v n]`` where ``y[n] > 0``, else 0."""
     g = only(blocks)
+    if isinstance(g, Scattered):
+        few = aten.threshold_backward(g.few, g.there(step.saved("result")).unsqueeze(0), 0)
+        return [Scattered(few, g.index, g.shape)]
     y = beside(g, step.saved("result"))
     if g.writable:
         aten.threshold_backward.grad_input(g.data, y, 0, grad_input=g.data)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from batchjac.block import Block
+from batchjac.block import Block, Scattered
 from batchjac.graph import Step
+from batchjac.ordinary import unrecorded
 from batchjac.rules.registry import Blocks, only, rule, single
 from batchjac.rules.spatial import but_last, images, planes
 from batchjac.rules.zeros import onto
@@ -58,6 +60,10 @@ def _maximum(dims: int, add: Callable[[Step], bool], *names: str) -> None:
         g, edge = only(step, blocks)
         size = edge.shape[-dims:]
         index = step.saved("result1").flatten(-dims)
+        if dims == 2 and len(edge.shape) == 4 and not add(step) and unrecorded(g.data):
+            few = g.full().flatten(-dims)
+            if not isinstance(few, FakeTensor):
+                return [Scattered(few, index, edge.shape)]
         data = put(g.full().flatten(-dims), -1, math.prod(size), index, add(step))
         return [Block(data.unflatten(-1, size), edge.shape)]
 
