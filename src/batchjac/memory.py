@@ -8,8 +8,8 @@ themselves from the first call in a process on: a few MiB such as the kernels on
 and the pages of torch's own code, about 20 MiB, which the system may drop.
 """
 
-import ctypes
 import contextlib
+import ctypes
 import functools
 import math
 import numbers
@@ -264,10 +264,7 @@ def _need(graphs: Sequence[Graph], samples: int, shared: Collection[Slot]) -> Ne
 
 
 def _few(graphs: Sequence[Graph], sizes: Mapping[Slot, int]) -> dict[Slot, int]:
-    """Bytes of a row where a pooling hands down the places of its maxima (``block.Scattered``).
-
-    For the size of a chunk in the cache only: what a budget counts are whole planes.
-    """
+    """Bytes of rows that are ``block.Scattered``, for the cache; a budget counts whole planes."""
     few: dict[Slot, int] = {}
     for step in (step for graph in graphs for step in graph.steps):
         edge, mine = step.edges[0] if step.edges else None, few.get((step.node, 0))
