@@ -8,6 +8,7 @@ library that torch has loaded, so that both share its threads.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         made = [self._compiled(level, flags) for level, flags in self._levels().items()]
-        if all(made):
+        if any(made):
             build_data["artifacts"].append(str(FOLDER / "*.so"))
             build_data["pure_python"] = False
             where = sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -46,16 +47,16 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
         """The library for a set of instructions, or None where it cannot be made."""
         folder = Path(self.root) / FOLDER
         made = folder / f"kernels_{level}.so"
-        compiler = shutil.which(os.environ.get("CC", "cc"))
-        if compiler is None or sys.platform == "win32":
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        if not compiler or shutil.which(compiler[0]) is None or sys.platform == "win32":
             return None
         parts = {path: folder / f"{path.stem}_{level}.o" for path in sorted(folder.glob("*.c"))}
         try:
             threads = self._threads(compiler)
             for path, part in parts.items():
-                self._run(compiler, "-c", *FLAGS, *threads, *flags, str(path), "-o", str(part))
+                self._run(*compiler, "-c", *FLAGS, *threads, *flags, str(path), "-o", str(part))
             # not linked with OpenMP's library: its functions are torch's when this is loaded
-            self._run(compiler, "-shared", *map(str, parts.values()), "-o", f"{made}.part")
+            self._run(*compiler, "-shared", *map(str, parts.values()), "-o", f"{made}.part")
             os.replace(f"{made}.part", made)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or error
@@ -67,9 +68,9 @@ class Compile(BuildHookInterface):  # type: ignore[misc]  # hatchling says nothi
                 part.unlink(missing_ok=True)
         return made
 
-    def _threads(self, compiler: str) -> tuple[str, ...]:
+    def _threads(self, compiler: list[str]) -> tuple[str, ...]:
         """What asks for OpenMP. Clang's needs a library that torch does not load on Linux."""
-        clang = "clang" in self._run(compiler, "--version")
+        clang = "clang" in self._run(*compiler, "--version")
         return ("-fopenmp",) if sys.platform == "linux" and not clang else ()
 
     def _run(self, *command: str) -> str:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,13 @@ from batchjac.convolutions import Convolution
 if native.library() is None:
     pytest.skip("the kernels were not compiled: there is no C compiler", allow_module_level=True)
 
-ORDER = [native.BASE, "avx2", "avx512"]
-LEVELS = ORDER[: ORDER.index(native.level()) + 1]
+LEVELS = native.levels()
 
 
 @pytest.fixture(params=LEVELS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The library for a set of instructions that this machine has."""
-    monkeypatch.setattr(native, "level", lambda: request.param)
+    monkeypatch.setattr(native, "levels", lambda: [request.param])
     native.library.cache_clear()
     library = native.library()
     assert library is not None
@@ -86,6 +86,69 @@ def test_few_places_of_each_plane_are_what_whole_planes_are(
     )  # fmt: skip
     assert found is not None
     near(found, expected, w[:, 0].numel())
+
+
+@pytest.mark.parametrize(("p", "q"), [(40, 16000), (1720, 1720)])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_places_of_large_planes(p: int, q: int, rows: int, compiled: str) -> None:
+    """Where a place is divided by the width, not every way is exact for large ones."""
+    index = torch.tensor([[[p * q - 1, q - 1, (p // 2) * q, p // 2 * q - 1, 0]]])
+    few, w = torch.randn(rows, 1, 1, 5), torch.randn(1, 1, 3, 3)
+    whole = torch.zeros(rows, 1, p * q).scatter_(2, index.expand(rows, 1, 5), few[:, 0])
+    layer = Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+    sizes = (rows, 1, p, q)
+    found = native.toward_input(few, w, sizes, (1, 1), (1, 1), (1, 1), index, (p, q))
+    assert found is not None
+    near(found, convolutions.backward(whole.view(sizes).double(), w.double(), sizes, layer), 9)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("place", [-1, 16, 1 << 40])
+def test_a_place_outside_its_plane_is_declined(place: int, rows: int, compiled: str) -> None:
+    index, w = torch.tensor([[[3, place]]]), torch.randn(1, 1, 3, 3)
+    few = torch.randn(rows, 1, 1, 2)
+    given = (few, w, (rows, 1, 4, 4), (1, 1), (1, 1), (1, 1), index, (4, 4))
+    assert native.toward_input(*given) is None
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_taps_that_are_not_finite_are_declined_for_any_number_of_rows(
+    rows: int, compiled: str
+) -> None:
+    index, w = torch.tensor([[[3, 4]]]), torch.full((1, 1, 3, 3), torch.inf)
+    few = torch.randn(rows, 1, 1, 2)
+    given = (few, w, (rows, 1, 6, 6), (1, 1), (1, 1), (1, 1), index, (6, 6))
+    assert native.toward_input(*given) is None
+
+
+def test_imaginary_parts_of_conjugates_keep_their_sign() -> None:
+    z = torch.randn(8, 64, 32, dtype=torch.complex64)
+    a, b = z.conj().imag, torch.randn(8, 32, 64)
+    assert a.is_neg()
+    near(kernels.batched(a, b), torch.bmm(a.double(), b.double()), 32)
+    g = torch.randn(32, 16, 16, 16, dtype=torch.complex64).conj().imag
+    w, layer = torch.randn(16, 3, 3, 3), Convolution((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+    sizes = (32, 3, 16, 16)
+    found = convolutions.convolution(g, w, sizes, layer)
+    near(found, convolutions.backward(g.double(), w.double(), sizes, layer), 144)
+
+
+def test_a_kernel_that_is_wrong_about_places_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = native.toward_input
+
+    def wrong(*given: Any, **more: Any) -> Tensor | None:
+        found = real(*given, **more)
+        return found * 1.01 if found is not None and len(given) > 6 else found
+
+    monkeypatch.setattr(native, "toward_input", wrong)
+    g, w, sizes, layer = drawn(3)
+    shapes = (tuple(g.shape), tuple(w.shape), tuple(sizes))
+    assert convolutions._agreeing([convolutions.own], layer, *shapes, torch.float32, False) == []
+    monkeypatch.undo()
+    kept = convolutions._agreeing([convolutions.own], layer, *shapes, torch.float32, False)
+    assert kept == [convolutions.own]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -177,5 +240,7 @@ def test_without_the_compiled_files_torchs_kernels_do_the_work(
 def test_libraries_of_another_version_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
     native.library.cache_clear()
-    assert native.library() is None
-    native.library.cache_clear()
+    try:
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()

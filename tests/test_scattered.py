@@ -76,6 +76,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "strided": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                               nn.Flatten(), nn.Linear(64, 12)), (8, 2, 16, 16)),
+    "windows with gaps": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 3),
+                              nn.Flatten(), nn.Linear(36, 12)), (8, 2, 8, 8)),
+    "windows beyond the edge": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+                              nn.Flatten(), nn.Linear(64, 12)), (8, 2, 9, 9)),
+    "padded windows": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 3, 1),
+                              nn.Flatten(), nn.Linear(36, 12)), (8, 2, 9, 9)),
     "two branches": (lambda: Branches(), (8, 2, 8, 8)),
     "normalised": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),

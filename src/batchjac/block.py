@@ -205,6 +205,8 @@ class Scattered(Waiting):
     def reshape(self, shape: Sequence[int]) -> Block:
         """Of planes reshaped, in which every place keeps its number, the same few."""
         shape = tuple(shape)
+        if shape == self.shape:
+            return self
         kept = len(shape) > 2 and shape[:2] == self.shape[:2]
         return Scattered(self.few, self.index, shape) if kept else super().reshape(shape)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from batchjac import kernels, native
+from batchjac.block import Scattered
 from batchjac.calibration import note, recalled
 from batchjac.opaque import opaque
 from batchjac.ordinary import measured, unrecorded
@@ -23,6 +24,7 @@ from batchjac.ordinary import measured, unrecorded
 # the trial, which costs a dozen times the convolution itself.
 _TRIAL_BYTES = 1 << 20
 _SMALL_CONVOLUTION = 1 << 20  # multiply-adds
+_MANY_ROWS = 16  # as many as fill a register of any processor
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,34 @@ def _agreeing(
             continue
         if found.shape == expected.shape and torch.allclose(found, expected, 1e-4, near):
             right.append(other)
+    if own in right and not _agrees_on_places(layer, shape, weight, sizes, near):
+        right.remove(own)
     return right
+
+
+def _agrees_on_places(
+    layer: Convolution, shape: tuple[int, ...], weight: tuple[int, ...], sizes: tuple[int, ...],
+    near: float,
+) -> bool:  # fmt: skip
+    """Whether our kernel gives the same where planes hold few places, of few rows and of many."""
+    generator = torch.Generator().manual_seed(1)
+    w = _images(shape, weight, torch.float32, False)[1]
+    plane, channels = math.prod(shape[2:]), shape[1]
+    few = max(1, plane // 4)
+    order = torch.rand(1, channels, plane, generator=generator, device="cpu").argsort(-1)
+    index = order[..., :few].contiguous()
+    for rows in (1, _MANY_ROWS):
+        size = (rows, 1, channels, few)
+        data = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        whole = Scattered(data, index, (1, *shape[1:])).data.flatten(0, 1)
+        into = (rows, *sizes[1:])
+        found = native.toward_input(
+            data, w, into, layer.stride, layer.padding, layer.dilation, index, shape[2:], threads=1
+        )
+        expected = backward(whole, w, into, layer)
+        if found is None or not torch.allclose(found, expected, 1e-4, near):
+            return False
+    return True
 
 
 def chosen_convolution(

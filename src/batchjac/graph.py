@@ -151,11 +151,12 @@ class Form:
 
     def fact(self, name: Hashable, find: Callable[[], T]) -> T:
         """What ``find`` returns, found once; ``name`` holds all else that it depends on."""
-        if name not in self._facts:
-            if len(self._facts) >= _MOST_FACTS:
+        found: T | None = self._facts.get(name)
+        if found is None:
+            found = find()
+            if len(self._facts) >= _MOST_FACTS:  # another thread may do the same
                 self._facts.clear()
-            self._facts[name] = find()
-        found: T = self._facts[name]
+            self._facts[name] = found
         return found
 
 

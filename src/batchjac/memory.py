@@ -269,7 +269,8 @@ def _few(graphs: Sequence[Graph], sizes: Mapping[Slot, int]) -> dict[Slot, int]:
     for step in (step for graph in graphs for step in graph.steps):
         edge, mine = step.edges[0] if step.edges else None, few.get((step.node, 0))
         if step.name == "MaxPool2DWithIndicesBackward0":
-            mine = sizes[step.node, 0]
+            waits = (step.outputs[0].dtype, step.outputs[0].device.type) == (torch.float32, "cpu")
+            mine = sizes[step.node, 0] if waits else None
         elif step.name != "ReluBackward0" and not views(step.name):
             continue
         if mine is not None and edge is not None and (edge.node, edge.slot) in sizes:

@@ -16,9 +16,10 @@ def ordinary(tensor: Tensor) -> bool:
 
 
 def measured(tensor: Tensor) -> bool:
-    """Real numbers in CPU memory, under no transform: there the kernels differ much."""
+    """Real numbers in CPU memory as they are, under no transform: there the kernels differ much."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
+        and not tensor.is_neg()  # the imaginary part of a conjugate: its sign is not in memory
         and tensor.dtype in (torch.float32, torch.float64)
         and tensor.device.type == "cpu"
         and torch._C._functorch.peek_interpreter_stack() is None

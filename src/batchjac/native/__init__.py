@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the functions' arguments, as in product.c
+VERSION = 3  # of the functions' arguments, as in product.c
 # Which file fits what torch finds the processor able to do.
 LEVELS = {"AVX512": "avx512", "AVX2": "avx2"}
 BASE = "base"
@@ -21,33 +21,36 @@ BASE = "base"
 NARROWEST = 16
 
 
-def level() -> str:
-    """The set of vector instructions that the processor has."""
-    return LEVELS.get(torch.backends.cpu.get_cpu_capability(), BASE)
+def levels() -> list[str]:
+    """The sets of vector instructions that the processor has, the widest first."""
+    every = [*LEVELS.values(), BASE]
+    return every[every.index(LEVELS.get(torch.backends.cpu.get_cpu_capability(), BASE)) :]
 
 
 def described() -> str:
     """Whether there are compiled kernels, in words."""
-    if library() is not None:
-        return f"compiled, for {level()}"
+    found = library()
+    if found is not None:
+        return f"compiled: {Path(found._name).stem}"
     return "not compiled: install batchjac again where there is a C compiler (cc), to be faster"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels for this machine; None where there are none, or older ones."""
-    path = Path(__file__).with_name(f"kernels_{level()}.so")
-    try:
-        found = ctypes.CDLL(str(path))
-        same: bool = found.batchjac_version() == VERSION
-    except (OSError, AttributeError):  # not compiled, or for another system
-        return None
-    return found if same else None
+    for level in levels():
+        try:
+            found = ctypes.CDLL(str(Path(__file__).with_name(f"kernels_{level}.so")))
+            if found.batchjac_version() == VERSION:
+                return found
+        except (OSError, AttributeError):  # not compiled, or for another system
+            continue
+    return None
 
 
-def fits(layer_groups: int, transposed: bool, dims: int, dtype: torch.dtype) -> bool:
+def fits(groups: int, transposed: bool, dims: int, dtype: torch.dtype) -> bool:
     """Whether ``toward_input`` can do a layer: plain, of one or two axes, in float32."""
-    plain = layer_groups == 1 and not transposed and dims in (3, 4)
+    plain = groups == 1 and not transposed and dims in (3, 4)
     return plain and dtype == torch.float32 and library() is not None
 
 
@@ -56,7 +59,7 @@ _SIZES = ("images", "o", "p", "q", "c", "h", "w", "k", "l", "gr", "go", "gp", "g
 _FACTORS = ("n", "i", "k", "j", "an", "ai", "ak", "bn", "bk", "yn", "yi")
 
 
-_NOT_FINITE = 2  # what ``toward_input`` may say
+_DECLINED = 2  # what ``toward_input`` may say
 
 
 class _Convolution(ctypes.Structure):
@@ -70,12 +73,14 @@ class _Product(ctypes.Structure):
 def toward_input(
     g: Tensor, w: Tensor, sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], index: Tensor | None = None, plane: Sequence[int] = (),
+    threads: int | None = None,
 ) -> Tensor | None:  # fmt: skip
     """``sum_{o,k} g[r,o,q] w[o,c,k]`` over ``q s + k d - pad = p``: images ``[r,c,p]``.
 
     Of one axis or two, in float32 without a history. With an ``index [n,o,j]``, ``g`` is zero but
     for ``g[v,n,o,j]`` at these places of its ``plane``, flattened, and ``r`` goes over ``v n``.
-    None where an entry of ``w`` is not finite: it would meet zeros beside the images.
+    None where an entry of ``w`` is not finite, since it would meet zeros beside the images, where a
+    place is in no plane, and where planes have more than 2^31 entries.
     Cost: one copy of ``g``; beside the result the planes of one image for each thread.
     """
     kernels = library()
@@ -100,9 +105,9 @@ def toward_input(
         images, channels, *one, *plane, sizes[1], *one, *sizes[2:], *one, *w.shape[2:], *steps,
         *one, *stride, *none, *padding, *one, *dilation, *places,
     )  # fmt: skip
-    threads = min(torch.get_num_threads(), images)  # each holds the planes of one image
+    threads = min(threads or torch.get_num_threads(), images)  # each holds the planes of one image
     failed = kernels.batchjac_toward_input(_at(g), _at(w), _at(found), ctypes.byref(shape), threads)
-    if failed == _NOT_FINITE:
+    if failed == _DECLINED:
         return None
     if failed:
         raise MemoryError(f"no memory to convolve {tuple(g.shape)} back with {tuple(w.shape)}")

@@ -15,7 +15,7 @@ static void *room(int64_t floats) {
   return aligned_alloc(64, up(floats * (int64_t)sizeof(float), 64));
 }
 
-enum { NO_MEMORY = 1, NOT_FINITE = 2 };
+enum { NO_MEMORY = 1, DECLINED = 2 };
 
 typedef struct {
   int64_t images, o, p, q, c, h, w, k, l; /* sizes */
@@ -121,19 +121,28 @@ static void spread(float *planes, const float *g, const Convolution *z, int64_t 
     }
 }
 
-/* Where the places of a sample are among these zeros. */
-static void locate(int32_t *where, const int64_t *index, const Convolution *z, int64_t plane,
-                   int64_t row, int64_t corner) {
-  /* at / q, exact below 2^32 / q, by a product that vectors have */
-  const uint64_t part = (((uint64_t)1 << 32) + z->q - 1) / z->q, more = row - z->q;
+/* Where the places of a sample are among these zeros; 0 where one of them is in no plane. */
+static int locate(int32_t *where, const int64_t *index, const Convolution *z, int64_t plane,
+                  int64_t row, int64_t corner) {
+  /* at / q by a product, which vectors have; exact for at < p q where p q q < 2^32 */
+  const uint64_t part = (((uint64_t)1 << 32) + z->q - 1) / z->q;
+  const int64_t more = row - z->q, size = z->p * z->q;
+  const int exact = size < ((int64_t)1 << 32) / z->q;
+  uint64_t last = 0; /* a negative one is taken for a large one */
   for (int64_t o = 0; o < z->o; o++, index += z->places, where += z->places) {
     const int32_t from = (int32_t)(o * plane + corner);
+    for (int64_t j = 0; j < z->places; j++)
+      last = (uint64_t)index[j] > last ? (uint64_t)index[j] : last;
     if (more == 0 || z->p == 1)
       for (int64_t j = 0; j < z->places; j++) where[j] = from + (int32_t)index[j];
-    else
+    else if (exact)
       for (int64_t j = 0; j < z->places; j++)
         where[j] = from + (int32_t)(index[j] + ((uint64_t)index[j] * part >> 32) * more);
+    else
+      for (int64_t j = 0; j < z->places; j++)
+        where[j] = from + (int32_t)(index[j] + index[j] / z->q * more);
   }
+  return last < (uint64_t)size;
 }
 
 #define TILE(C, V)                                                                                 \
@@ -225,6 +234,7 @@ static int from_places(const float *g, const float *w, float *x, const Convoluti
   int64_t wide = (z->q - 1) * z->t + (z->l - 1) * z->e + 1;
   if (high < z->a + z->h) high = z->a + z->h;
   if (wide < z->b + z->w) wide = z->b + z->w;
+  if (high * wide * LANES > INT32_MAX) return DECLINED;
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -239,7 +249,12 @@ static int from_places(const float *g, const float *w, float *x, const Convoluti
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < (failed ? 0 : samples); n++) {
       for (int64_t i = 0; i < some; i++) {
-        const int64_t at = z->index[n * some + i];
+        int64_t at = z->index[n * some + i];
+        if (at < 0 || at >= z->p * z->q) {
+#pragma omp atomic write
+          failed = DECLINED;
+          at = 0;
+        }
         where[i] = (int32_t)((at / z->q * z->s * wide + at % z->q * z->t) * LANES);
       }
       for (int64_t first = 0; first < z->rows; first += LANES) {
@@ -293,8 +308,15 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
   int64_t phases = z->s * z->t, most = z->k * z->l, part = most * z->o * z->c;
   int64_t some = z->index ? z->o * z->places : 0;
 
-  /* Vectors that are added to planes in memory, one in a cycle, beside those in registers, two. */
-  if (some && (z->rows + LANES - 1) / LANES * z->places < z->rows * width / (2 * LANES))
+  /* beyond g's ends zeros meet the taps, which must leave zeros */
+  float whole = 0;
+  for (int64_t i = 0; i < z->o * z->c * most; i++) whole += w[i] * 0;
+  if (whole != 0 || (some && z->o * plane > INT32_MAX)) return DECLINED;
+
+  /* Vectors that are added to planes in memory, one in a cycle, beside those in registers, two. A
+   * thread holds LANES rows there, however few there are, of one sample. */
+  if (some && z->rows >= LANES / 2 && z->images / z->rows >= threads &&
+      (z->rows + LANES - 1) / LANES * z->places < z->rows * width / (2 * LANES))
     return from_places(g, w, x, z, threads);
 
   int64_t *at = malloc(sizeof(int64_t) * (phases * (most + 1) + most));
@@ -318,11 +340,6 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
           for (int64_t c = from; c < z->c && c < from + MOST; c++)
             *to++ = w[(o * z->c + c) * most + which[i]];
   }
-  /* beyond g's ends zeros meet the taps, which must leave zeros */
-  float whole = 0;
-  for (int64_t i = 0; i < z->o * z->c * most && !failed; i++) whole += w[i] * 0;
-  if (whole != 0) failed = NOT_FINITE;
-
   if (failed) {
     free(at);
     free(packed);
@@ -347,9 +364,14 @@ int batchjac_toward_input(const float *g, const float *w, float *x, const Convol
       if (z->index) {
         if (n != sample) {
           for (int64_t j = 0; sample >= 0 && j < some; j++) planes[where[j]] = 0;
-          locate(where, z->index + n * some, z, plane, row, low * row + left);
-          sample = n;
+          int inside = locate(where, z->index + n * some, z, plane, row, low * row + left);
+          sample = inside ? n : -1;
+          if (!inside) {
+#pragma omp atomic write
+            failed = DECLINED;
+          }
         }
+        if (sample < 0) continue; /* nothing was written, and nothing will be believed */
         for (int64_t j = 0; j < some; j++) planes[where[j]] = g[r * some + j];
       } else
         spread(planes, g + r * z->gr, z, plane, row, low * row + left);
