@@ -189,6 +189,22 @@ def test_a_history_is_kept_where_one_is_asked_for() -> None:
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "window", [{"kernel_size": [2]}, {"kernel_size": [2], "stride": [2, 2]},
+               {"kernel_size": [2, 2], "stride": [2]}, {"kernel_size": [3], "stride": 2},
+               {"kernel_size": 2, "dilation": [2]}],
+)  # fmt: skip
+def test_one_number_in_a_list_is_for_all_axes(
+    window: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    def pooled(x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(x, **window).flatten(1)  # type: ignore[arg-type]  # as above
+
+    x = torch.randn(3, 2, 8, 8)
+    assert torch.equal(batchjac.jacobian(pooled, x), reference.jacobian(pooled, x))
+    assert not caplog.records, "the walk was left for autograd"
+
+
 def test_zeros_do_not_meet_what_is_not_finite() -> None:
     """A cotangent that overflowed, at a place that a ReLU does not let through, is 0."""
     model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2))

@@ -33,8 +33,10 @@ def put(data: Tensor, dim: int, size: int, index: Tensor, add: bool) -> Tensor:
 def _overlap(step: Step) -> bool:
     """Whether an entry may be the maximum of two windows."""
     kernel = step.saved("kernel_size")
-    stride = step.saved("stride") or kernel
-    wide = [(k - 1) * d + 1 for k, d in zip(kernel, step.saved("dilation"), strict=True)]
+    how = (kernel, step.saved("stride") or kernel, step.saved("dilation"))
+    dims = max(map(len, how))  # an entry alone is for all axes
+    kernel, stride, dilation = (list(x) * (dims if len(x) == 1 else 1) for x in how)
+    wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     return any(s < w for s, w in zip(stride, wide, strict=True))
 
 
