@@ -26,7 +26,7 @@ from batchjac.problem import Problem, differentiable
 from batchjac.sink import size
 from batchjac.solution import Solution
 from batchjac.solve import solve
-from batchjac.state import remembered
+from batchjac.state import load_random, remembered
 from batchjac.tree import Tree, emptied, flatten
 from batchjac.work import need, width
 
@@ -81,6 +81,8 @@ def answer(
     valued: bool = False,
 ) -> Solution:
     """What ``solve`` finds; chunks are computed again where a history does not fit the budget."""
+    if problem.create_graph and max_memory is not None:
+        load_random()  # at the first such call, not when a larger one is first done again
     try:
         return solve(problem, max_memory, out, fixed, valued)
     except history.TooLong:

@@ -116,6 +116,13 @@ def _random_state() -> Iterator[None]:
             sys.modules["numpy"].random.seed()
 
 
+def load_random() -> None:
+    """Load NumPy's random numbers, if NumPy is there: ``redrawing`` needs them, and 4 MiB."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.get_state  # noqa: B018  # looking loads them
+
+
 def redrawing(numpy: bool = True) -> Callable[[], None]:
     """What puts all random numbers back to where they are now; ``numpy`` too, if it is loaded."""
     python = random.getstate()
