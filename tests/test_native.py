@@ -40,7 +40,10 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, list[int], Convolution]:
     """A layer of any size, and cotangents in any order of axes."""
     pick = random.Random(seed)
     dims = pick.choice((1, 2))
-    several = lambda a, b: tuple(pick.randint(a, b) for _ in range(dims))  # noqa: E731  # of the axes
+
+    def several(least: int, most: int) -> tuple[int, ...]:
+        return tuple(pick.randint(least, most) for _ in range(dims))
+
     taps, stride, dilation = several(1, 5), several(1, 3), several(1, 2)
     padding = tuple(pick.randint(0, k) for k in taps)
     sizes = tuple(

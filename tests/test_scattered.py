@@ -141,10 +141,10 @@ def test_models_equal_the_reference(
     target = None if wrt == "input" else "parameters"
     options = {} if target is None else {"wrt": target}
     with caplog.at_level(logging.WARNING):
-        found = batchjac.jacobian(model, x, **options)  # type: ignore[arg-type]  # of both kinds
+        found = batchjac.jacobian(model, x, **options)  # type: ignore[arg-type]  # mypy checks each keyword
     assert not caplog.records, "the walk was left for autograd"
     model.double()
-    expected = batchjac.jacobian(model, x.double(), **options)  # type: ignore[arg-type]  # as above
+    expected = batchjac.jacobian(model, x.double(), **options)  # type: ignore[arg-type]  # the same
     if target is None:
         rows = reference.jacobian(model, x.double())
         torch.testing.assert_close(expected, rows)
@@ -198,7 +198,7 @@ def test_one_number_in_a_list_is_for_all_axes(
     window: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     def pooled(x: Tensor) -> Tensor:
-        return nn.functional.max_pool2d(x, **window).flatten(1)  # type: ignore[arg-type]  # as above
+        return nn.functional.max_pool2d(x, **window).flatten(1)  # type: ignore[arg-type]  # mypy checks each keyword
 
     x = torch.randn(3, 2, 8, 8)
     assert torch.equal(batchjac.jacobian(pooled, x), reference.jacobian(pooled, x))

@@ -61,7 +61,7 @@ def convolutions() -> dict[str, float]:
     few, one = _numbers(16, 8, 24, 24), _numbers(8, 1, 3, 3)
     ours = [own] if native.library() else []
     toward = [posed, columns, channels_last_within, *ours]
-    wide = min(_best(lambda k=k: k(images, taps, sizes, layer)) for k in (posed, *ours))  # type: ignore[misc]  # as below
+    wide = min(_best(lambda k=k: k(images, taps, sizes, layer)) for k in (posed, *ours))  # type: ignore[misc]  # mypy does not infer lambdas with defaults
     thin = min(_best(lambda k=k: k(few, one, [16, 1, 24, 24], layer)) for k in toward)  # type: ignore[misc]  # mypy does not infer lambdas with defaults
     return {
         "convolution": count / _best(lambda: torch.conv2d(images, taps, padding=1)),

@@ -120,7 +120,7 @@ def load_random() -> None:
     """Load NumPy's random numbers, if NumPy is there: ``redrawing`` needs them, and 4 MiB."""
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.get_state  # noqa: B018  # looking loads them
+        numpy.random.get_state()
 
 
 def redrawing(numpy: bool = True) -> Callable[[], None]:
